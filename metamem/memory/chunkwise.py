@@ -1,0 +1,107 @@
+"""Chunkwise execution: signals at the chunk's first weights, reads in the dual form; networks of any depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metamem.memory import signals
+from metamem.memory.component import Component, Products, accumulate, advance, fire, term_weights, weights_now
+from metamem.memory.dual import local_read
+from metamem.memory.level import TokenLevel
+from metamem.memory.networks import Network, Weights
+from metamem.memory.plan import Key, Plan, cut, objective_key, plan, unstack
+from metamem.memory.schedule import Run, Segment
+from metamem.memory.writer import Writes
+from metamem.state import align
+
+Carried = tuple[Tensor, Tensor, list[Component], Weights | None]
+
+
+def run(
+    network: Network,
+    levels: Sequence[TokenLevel],
+    span: Run,
+    writes: Writes,
+    queries: Tensor,
+    init: Weights,
+    components: list[Component],
+    anchor: Weights | None,
+) -> Carried:
+    """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], and what is carried."""
+    reads, surprises = [], []
+    stacked = (cut(x, span).flatten(3, 4).unbind(2) for x in (writes.keys, writes.values, queries))
+    plans = unstack(plan(levels, writes.gates, span), len(span.segments))
+    for segment, step, keys, values, asked in zip(span.segments, plans, *stacked, strict=True):
+        at = anchor = refresh(segment, anchor, init, components)
+        forward = network.forward(keys, lambda layer, a, at=at: a @ at[layer])
+        products = {}
+        for level in levels:
+            if (key := objective_key(level)) not in products:
+                error = signals.output_error(level.objectives, forward.output, values)
+                products[key] = Products(forward.inputs, network.backward(error, at, forward.preactivations))
+        surprises.append(signals.value(levels[0].objectives, forward.output, values))
+        reads.append(read(network, step, asked, term_weights(levels, init, components), products, queries.shape[3]))
+        components = move(levels, segment, step, components, products)
+    read_out = torch.stack(reads, 2).unflatten(3, (span.length, -1)).flatten(2, 3)
+    return read_out, torch.stack(surprises, 2).unflatten(3, (span.length, -1)).flatten(2, 3), components, anchor
+
+
+def read(
+    network: Network,
+    step: Plan,
+    queries: Tensor,
+    carried: list[Weights],
+    products: dict[Key, Products],
+    readers: int,
+) -> Tensor:
+    """`z^l_t = Σ_terms share_t a^l_t T − Σ_s A[t,s] (a^l_t · in^l_s) δ^l_s` through every layer."""
+    shares = [None if term.after is None else term.after.repeat_interleave(readers, -1) for term in step.terms]
+    strengths = {key: strength.repeat_interleave(readers, -2) for key, strength in step.strengths.items()}
+
+    def layer(index: int, a: Tensor) -> Tensor:
+        z = None
+        for share, tensor in zip(shares, carried, strict=True):
+            part = a @ tensor[index]
+            part = part if share is None else share.unsqueeze(-1) * part
+            z = part if z is None else z + part
+        for key, strength in strengths.items():
+            z = z - local_read(strength, a, products[key].inputs[index], products[key].signals[index])
+        assert z is not None
+        return z
+
+    return network.forward(queries, layer).output
+
+
+def move(
+    levels: Sequence[TokenLevel],
+    segment: Segment,
+    step: Plan,
+    components: list[Component],
+    products: dict[Key, Products],
+) -> list[Component]:
+    """Every component after the segment."""
+    moved = []
+    for level, component in zip(levels, components, strict=True):
+        mine, written = step.steps[level.name], products[objective_key(level)]
+        if level.period == 1:
+            component = advance(component, mine, written)
+        else:
+            component = accumulate(component, mine, written)
+            if level.name in segment.fire:
+                component = fire(component, mine, segment.fire[level.name])
+        moved.append(component)
+    return moved
+
+
+def refresh(segment: Segment, anchor: Weights | None, init: Weights, components: list[Component]) -> Weights:
+    """The weights at which signals are computed: those of now, for rows that begin a chunk."""
+    if segment.refresh is None and anchor is not None:
+        return anchor
+    now = weights_now(init, components)
+    if not segment.refresh or anchor is None:
+        return now
+    rows = torch.tensor(segment.refresh)
+    return [torch.where(align(rows, a), a, b) for a, b in zip(now, anchor, strict=True)]

@@ -1,0 +1,177 @@
+"""Fast-weight memory: a network whose weights an inner loop changes while it reads.
+
+Per token and head, writers give keys k, values v and gates; every level moves its component of the weights by its
+signals (`TokenLevel`); readers query the weights after the token's own writes. `signal_at`
+
+- `chunk`   all signals of a chunk are computed at the chunk's first weights (TTT, Titans)
+- `token`   each signal at the weights of its own token (the exact online rule). One layer and a squared error: solved
+            in parallel (`delta_rule`). Deeper networks: chunk = 1.
+
+Executors compute the same thing: `dual` (matrix products, the one to use), `recurrence` (token by token, the
+reference), `vmap_grad` (token by token, gradients by torch.func).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from metamem.memory import chunkwise, delta_rule, recurrence
+from metamem.memory.base import Memory, Out
+from metamem.memory.component import LevelState, by_layer, fresh, from_state, to_state, weights_now
+from metamem.memory.level import TokenLevel
+from metamem.memory.networks import Network, Weights
+from metamem.memory.reader import Reader
+from metamem.memory.schedule import Run, schedule
+from metamem.memory.writer import Writer
+from metamem.state import State
+
+EXECUTORS = {
+    "dual": None,
+    "recurrence": recurrence.written_out,
+    "vmap_grad": recurrence.vmap_grad,
+}
+
+
+class FastWeightsState(TypedDict, total=False):
+    """`position`: tokens read; `levels`: each level's component; `anchor`: the weights at the chunk's start, at which
+    the signals of a half-read chunk go on (`signal_at: chunk`)."""
+
+    position: Int[Tensor, "batch"]
+    levels: dict[str, LevelState]
+    anchor: dict[str, Float[Tensor, "batch heads d_in d_out"]]
+
+
+class FastWeights(Memory):
+    """A fast-weight memory of `heads` networks `d_key -> hidden … -> d_value`, written by the inner loop.
+
+    - `hidden`      widths of the hidden layers; empty for a linear memory
+    - `chunk`       tokens per chunk
+    - `writers`     writes of a token and head, all at once; `readers` queries
+    - `levels`      the token levels of the hierarchy that address this memory, fast to slow
+
+    Raises ValueError for settings that exclude each other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        levels: Sequence[TokenLevel],
+        heads: int = 4,
+        d_key: int | None = None,
+        d_value: int | None = None,
+        hidden: Sequence[int] = (),
+        activation: Literal["silu", "gelu", "tanh", "relu"] = "silu",
+        chunk: int = 64,
+        signal_at: Literal["chunk", "token"] = "chunk",
+        writers: int = 1,
+        readers: int = 1,
+        executor: Literal["dual", "recurrence", "vmap_grad"] = "dual",
+    ) -> None:
+        super().__init__()
+        d_key, d_value = d_key or dim // heads, d_value or dim // heads
+        self.dim, self.heads, self.chunk, self.executor = dim, heads, chunk, executor
+        self.dim_in = self.dim_out = dim
+        self.signal_at, self.readers = signal_at, readers
+        self.levels = tuple(levels)
+        self.network = Network((d_key, *hidden, d_value), activation)
+        check(self.network, self.levels, chunk, signal_at)
+        self.writer = Writer(dim, heads, d_key, d_value, self.levels, writers)
+        self.reader = Reader(dim, heads, d_key, d_value, readers)
+        self.init = nn.ParameterList(self.network.initial_weights(heads))
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first token: components at zero, weights at W_init."""
+        init = self._init()
+        state: State = {"position": torch.zeros(batch, dtype=torch.long, device=init[0].device)}
+        state["levels"] = {level.name: to_state(fresh(level, init, batch)) for level in self.levels}
+        if self.signal_at == "chunk":
+            state["anchor"] = by_layer([weight.new_zeros(batch, *weight.shape) for weight in init])
+        return state
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"], state: State | None = None) -> Out:
+        """Writes each token, then reads it. aux: `surprise` [batch, tokens], the fastest level's objective before
+        the write, mean over heads and writers."""
+        positions = [0] if state is None else self._positions(state)
+        state = self.init_state(x.shape[0]) if state is None else state
+        with torch.autocast(x.device.type, enabled=False):
+            init = self._init()
+            writes, queries = self.writer(x, init[0].dtype), self.reader.query(x, init[0].dtype)
+            components = [from_state(state["levels"][level.name]) for level in self.levels]
+            anchor = list(state["anchor"].values()) if "anchor" in state else None
+            run = EXECUTORS[self.executor] or self._dual()
+            reads, surprises = [], []
+            for span in self._schedule(positions, x.shape[1]):
+                read, surprise, components, anchor = run(
+                    self.network, self.levels, span, writes, queries, init, components, anchor
+                )
+                reads.append(read)
+                surprises.append(surprise)
+            after: State = {"position": state["position"] + x.shape[1]}
+            named = zip(self.levels, components, strict=True)
+            after["levels"] = {level.name: to_state(component) for level, component in named}
+            if anchor is not None and self.signal_at == "chunk":
+                after["anchor"] = by_layer(anchor)
+        y = self.reader(torch.cat(reads, 2))
+        return Out(y, after, {"surprise": torch.cat(surprises, 2).mean((1, 3))})
+
+    def write(self, x: Float[Tensor, "batch tokens dim"], state: State) -> State:
+        """The state after x was written."""
+        return self(x, state).state
+
+    def read(self, x: Float[Tensor, "batch tokens dim"], state: State) -> tuple[Tensor, State]:
+        """What the weights of now hold for x; the state is unchanged."""
+        init = self._init()
+        weights = weights_now(init, [from_state(state["levels"][level.name]) for level in self.levels])
+        queries = self.reader.query(x, init[0].dtype)
+        recalled = self.network.forward(queries.flatten(2, 3), lambda layer, a: a @ weights[layer]).output
+        return self.reader(recalled.unflatten(2, queries.shape[2:4])), state
+
+    def _init(self) -> Weights:
+        """W_init in the type of the fast weights: at least float32."""
+        dtype = torch.promote_types(self.init[0].dtype, torch.float32)
+        return [weight.to(dtype) for weight in self.init]
+
+    def _dual(self):
+        """The dual form of this memory. A deep network with token signals has chunks of one token."""
+        return delta_rule.run if self.signal_at == "token" and self.network.depth == 1 else chunkwise.run
+
+    def _schedule(self, positions: Sequence[int], tokens: int) -> list[Run]:
+        periods = {level.name: level.period for level in self.levels if level.period > 1}
+        return schedule(positions, tokens, self.chunk, periods)
+
+    def _positions(self, state: State) -> list[int]:
+        """Each row's position, one entry where all agree. A compiled graph has no host values: there a state must
+        stand at a boundary of chunks and periods, which is asserted at run time."""
+        position = state["position"]
+        if torch.compiler.is_compiling():
+            for clock in (self.chunk, *(level.period for level in self.levels)):
+                torch._assert_async(
+                    (position % clock == 0).all(), f"compiled memory: the state must stand at a multiple of {clock}"
+                )
+            return [0]
+        positions = position.tolist()
+        return positions[:1] if len(set(positions)) == 1 else positions
+
+
+def check(network: Network, levels: Sequence[TokenLevel], chunk: int, signal_at: str) -> None:
+    """Raises ValueError, with the nearest valid setting, where settings exclude each other."""
+    if not levels:
+        raise ValueError("a fast-weight memory needs at least one level with clock 'token' that names its group")
+    for level in levels:
+        if level.period > 1 and level.period % chunk and chunk % level.period:
+            raise ValueError(
+                f"level {level.name!r}: period {level.period} and chunk {chunk} do not divide one another; "
+                f"the nearest period that does is {max(1, round(level.period / chunk)) * chunk}"
+            )
+    if signal_at == "token":
+        if network.depth > 1 and chunk > 1:
+            raise ValueError(
+                f"signal_at 'token' with {network.depth} layers cannot run in parallel; "
+                f"set chunk to 1, signal_at to 'chunk', or hidden to []"
+            )
+        delta_rule.check(levels)

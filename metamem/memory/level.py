@@ -1,0 +1,52 @@
+"""A token level: one timescale of a fast-weight memory, with its objective already resolved to functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from metamem.memory.signals import Objective
+
+Learned = Literal["learned"]
+
+
+@dataclass(frozen=True)
+class TokenLevel:
+    """One component of a fast weight, `S ← β S − η in ⊗ δ`, `Δ ← α Δ + S`, applied every `period` tokens.
+
+    A level of period 1 is read token by token. A level of period P sums its products over its last P tokens and
+    applies them at its boundary, with the momentum and forgetting gates of the boundary token; reads see them from
+    the next token on.
+
+    - `objectives`  objective -> weight; their signal is the weighted sum
+    - `lr`          η: `learned` per token and head in (0, `lr_max`), or a constant
+    - `momentum`    β: `learned` per token and head, or a constant in [0, 1); 0 keeps no momentum
+    - `forget`      1 − α: `learned` per token and head, or a constant in [0, 1); 0 forgets nothing
+    - `forget_to`   `init`: what is forgotten returns to W_init; `zero`: W_init is forgotten too
+    - `reduction`   of the products over a period: `sum`, or `mean` (a rate that does not depend on the period)
+    """
+
+    name: str
+    objectives: dict[Objective, float] = field(hash=False)
+    period: int = 1
+    lr: float | Learned = "learned"
+    lr_max: float = 1.0
+    momentum: float | Learned = 0.0
+    forget: float | Learned = 0.0
+    forget_to: Literal["init", "zero"] = "init"
+    reduction: Literal["sum", "mean"] = "sum"
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the level keeps a momentum S."""
+        return self.momentum != 0.0
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the level's component fades."""
+        return self.forget != 0.0
+
+    @property
+    def forgets_init(self) -> bool:
+        """Whether what fades includes W_init."""
+        return self.forgets and self.forget_to == "zero"

@@ -1,0 +1,30 @@
+"""The reader: turns the input into queries, and what was read into an output."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Reader(nn.Module):
+    """`readers` readers per head: q = x W_q (of unit length), y = RMSNorm(read) W_o over all heads and readers."""
+
+    def __init__(self, dim: int, heads: int, d_key: int, d_value: int, readers: int = 1) -> None:
+        super().__init__()
+        self.heads, self.readers = heads, readers
+        self.queries = nn.Linear(dim, heads * readers * d_key, bias=False)
+        self.norm = nn.RMSNorm(d_value)
+        self.output = nn.Linear(heads * readers * d_value, dim, bias=False)
+
+    def query(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Float[Tensor, "b h t readers d_key"]:
+        """The queries for x, in `dtype`."""
+        queries = rearrange(self.queries(x), "b t (h r d) -> b h t r d", h=self.heads, r=self.readers)
+        return functional.normalize(queries.to(dtype), dim=-1)
+
+    def forward(self, read: Float[Tensor, "b h t readers d_value"]) -> Float[Tensor, "batch tokens dim"]:
+        """The output for what was read."""
+        dtype = self.output.weight.dtype
+        return self.output(rearrange(self.norm(read.to(dtype)), "b h t r d -> b t (h r d)"))

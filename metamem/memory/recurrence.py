@@ -1,0 +1,140 @@
+"""The plain recurrence: token by token, the weights of every token built. The reference for every faster executor.
+
+    in, z = forward(k_t, W at the chunk's start)          δ by the level's objective
+    S = β S − η in ⊗ δ      Δ = α Δ + S
+    y_t = forward(q_t, keep W_init + Σ Δ)
+
+A level of period P sums its products and moves after the read of its boundary token: seen from the next token on.
+
+`written_out` computes signals by the written-out backpropagation, `vmap_grad` the same outer products by
+`torch.func.vmap(grad)` of the objective with respect to the weights, for any objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from metamem.memory import signals
+from metamem.memory.component import Component, weights_now
+from metamem.memory.level import TokenLevel
+from metamem.memory.networks import Network, Weights
+from metamem.memory.schedule import Rows, Run
+from metamem.memory.signals import Objectives
+from metamem.memory.writer import Gates, Writes
+from metamem.state import align
+
+# network, objectives, weights [b h i o], key [b h w i], value [b h w o], rate [b h w] -> per layer Σ_w rate in ⊗ δ
+Gradient = Callable[[Network, Objectives, Weights, Tensor, Tensor, Tensor], Weights]
+
+
+def written_out(*arguments, **keywords):
+    """The recurrence with the written-out signals."""
+    return _run(_written_out, *arguments, **keywords)
+
+
+def vmap_grad(*arguments, **keywords):
+    """The recurrence with gradients by torch.func."""
+    return _run(_vmap_grad, *arguments, **keywords)
+
+
+def _run(
+    gradient: Gradient,
+    network: Network,
+    levels: Sequence[TokenLevel],
+    span: Run,
+    writes: Writes,
+    queries: Tensor,
+    init: Weights,
+    components: list[Component],
+    anchor: Weights | None,
+) -> tuple[Tensor, Tensor, list[Component], Weights | None]:
+    """As `chunkwise.run`; without an anchor every token's signal is computed at the weights of that token."""
+    reads, surprises = [], []
+    components = list(components)
+    for segment in span.segments:
+        for token in range(segment.start, segment.start + segment.length):
+            now = weights_now(init, components)
+            if anchor is None:
+                at = now
+            else:
+                begins = segment.refresh if token == segment.start else None
+                at = anchor = anchor if begins is None else _choose(begins, now, anchor)
+            key, value = writes.keys[:, :, token], writes.values[:, :, token]
+            recalled = network.forward(key, lambda layer, a, at=at: a @ at[layer]).output
+            surprises.append(signals.value(levels[0].objectives, recalled, value))
+            for index, level in enumerate(levels):
+                gates = writes.gates[level.name]
+                products = gradient(network, level.objectives, at, key, value, gates.lr[:, :, token])
+                if level.period == 1:
+                    components[index] = _apply(components[index], products, gates, token)
+                else:
+                    total = components[index].total or []
+                    total = [a + b for a, b in zip(total, products, strict=True)]
+                    components[index] = components[index]._replace(total=total)
+            now = weights_now(init, components)
+            asked = queries[:, :, token]
+            reads.append(network.forward(asked, lambda layer, a, now=now: a @ now[layer]).output)
+        for index, level in enumerate(levels):
+            rows, before = segment.fire.get(level.name), components[index]
+            if rows is not None:
+                gates, last = writes.gates[level.name], segment.start + segment.length - 1
+                fired = _apply(before, before.total or [], gates, last)
+                fired = fired._replace(total=[torch.zeros_like(total) for total in before.total or []])
+                components[index] = _choose_component(rows, fired, before)
+    return torch.stack(reads, 2), torch.stack(surprises, 2), components, anchor
+
+
+def _apply(component: Component, products: Weights, gates: Gates, token: int) -> Component:
+    """`S = β S − products`, `Δ = α Δ + S`."""
+    keep = 1.0 if gates.log_keep is None else gates.log_keep[:, :, token, None, None].exp()
+    beta = 0.0 if gates.log_momentum is None else gates.log_momentum[:, :, token, None, None].exp()
+    steps = [-product for product in products]
+    if component.momentum is not None:
+        steps = [beta * momentum + step for momentum, step in zip(component.momentum, steps, strict=True)]
+    return component._replace(
+        delta=[keep * delta + step for delta, step in zip(component.delta, steps, strict=True)],
+        momentum=None if component.momentum is None else steps,
+        keep=None if component.keep is None else component.keep * torch.as_tensor(keep).squeeze((-1, -2)),
+    )
+
+
+def _choose_component(rows: Rows, new: Component, old: Component) -> Component:
+    def choose(a: Weights | None, b: Weights | None) -> Weights | None:
+        return None if a is None or b is None else _choose(rows, a, b)
+
+    keep = choose(None if new.keep is None else [new.keep], None if old.keep is None else [old.keep])
+    return Component(
+        _choose(rows, new.delta, old.delta),
+        choose(new.momentum, old.momentum),
+        choose(new.total, old.total),
+        None if keep is None else keep[0],
+    )
+
+
+def _choose(rows: Rows, new: Weights, old: Weights) -> Weights:
+    if not rows:
+        return new
+    return [torch.where(align(torch.tensor(rows), a), a, b) for a, b in zip(new, old, strict=True)]
+
+
+def _written_out(
+    network: Network, objectives: Objectives, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
+) -> Weights:
+    forward = network.forward(key, lambda layer, a: a @ weights[layer])
+    error = signals.output_error(objectives, forward.output, value)
+    deltas = network.backward(error, weights, forward.preactivations)
+    return [(rate.unsqueeze(-1) * a).mT @ delta for a, delta in zip(forward.inputs, deltas, strict=True)]
+
+
+def _vmap_grad(
+    network: Network, objectives: Objectives, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
+) -> Weights:
+    def loss(weights: Weights, key: Tensor, value: Tensor, rate: Tensor) -> Tensor:
+        recalled = network.forward(key, lambda layer, a: a @ weights[layer]).output
+        return (rate * signals.value(objectives, recalled, value)).sum()
+
+    return vmap(vmap(grad(loss)))(weights, key, value, rate)

@@ -1,0 +1,102 @@
+"""The writer: turns the input into what a memory stores (key, value) and the gates of each write (η, β, α)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metamem.memory.level import TokenLevel
+
+LEARNED_FORGET = 0.01  # where a learned gate starts: 1 − α
+LEARNED_MOMENTUM = 0.5  # β
+
+
+class Gates(NamedTuple):
+    """One level's gates: η per write, and log α, log β per token (None where the level has none)."""
+
+    lr: Float[Tensor, "batch heads tokens writers"]
+    log_keep: Float[Tensor, "batch heads tokens"] | None
+    log_momentum: Float[Tensor, "batch heads tokens"] | None
+
+
+class Writes(NamedTuple):
+    """What the writers ask for, token by token; the writes of one token happen at once."""
+
+    keys: Float[Tensor, "batch heads tokens writers d_key"]
+    values: Float[Tensor, "batch heads tokens writers d_value"]
+    gates: dict[str, Gates]
+
+
+class Writer(nn.Module):
+    """`writers` writers per head: k = x W_k (of unit length), v = x W_v, η, β, α = gates of x per level."""
+
+    def __init__(
+        self, dim: int, heads: int, d_key: int, d_value: int, levels: Sequence[TokenLevel], writers: int = 1
+    ) -> None:
+        super().__init__()
+        self.heads, self.writers, self.levels = heads, writers, tuple(levels)
+        self.keys = nn.Linear(dim, heads * writers * d_key, bias=False)
+        self.values = nn.Linear(dim, heads * writers * d_value, bias=False)
+        self.gates = nn.ModuleDict({level.name: self._gate_projection(dim, level) for level in self.levels})
+
+    def _gate_projection(self, dim: int, level: TokenLevel) -> nn.ModuleDict:
+        """Learned gates start constant (zero weights), at the bias that gives their starting value."""
+        starts = {
+            "lr": (level.lr, self.heads * self.writers, 0.0),
+            "momentum": (level.momentum, self.heads, _logit(LEARNED_MOMENTUM)),
+            "forget": (level.forget, self.heads, _logit(LEARNED_FORGET)),
+        }
+        projections = nn.ModuleDict()
+        for gate, (setting, width, start) in starts.items():
+            if setting == "learned":
+                linear = nn.Linear(dim, width)
+                nn.init.zeros_(linear.weight)
+                nn.init.constant_(linear.bias, start)
+                projections[gate] = linear
+        return projections
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Writes:
+        """What is written for x, with keys, values and gates in `dtype` (fast weights keep at least float32)."""
+        split = {"h": self.heads, "w": self.writers}
+        keys = rearrange(self.keys(x), "b t (h w d) -> b h t w d", **split).to(dtype)
+        values = rearrange(self.values(x), "b t (h w d) -> b h t w d", **split).to(dtype)
+        gates = {level.name: self._gates(x, level, dtype) for level in self.levels}
+        return Writes(functional.normalize(keys, dim=-1), values, gates)
+
+    def _gates(self, x: Tensor, level: TokenLevel, dtype: torch.dtype) -> Gates:
+        batch, tokens, _ = x.shape
+        projections = self.gates[level.name]
+
+        def logits(gate: str) -> Tensor:
+            return projections[gate](x).to(dtype)  # pyright: ignore[reportIndexIssue, reportCallIssue]
+
+        def constant(value: float) -> Tensor:
+            return torch.full((batch, self.heads, tokens), value, dtype=dtype, device=x.device)
+
+        if level.lr == "learned":
+            lr = level.lr_max * torch.sigmoid(rearrange(logits("lr"), "b t (h w) -> b h t w", h=self.heads))
+        else:
+            lr = constant(level.lr).unsqueeze(-1).expand(-1, -1, -1, self.writers)
+        if level.reduction == "mean":
+            lr = lr / level.period
+        keep = momentum = None
+        if level.forget == "learned":
+            keep = rearrange(functional.logsigmoid(-logits("forget")), "b t h -> b h t")
+        elif level.forgets:
+            keep = constant(math.log1p(-level.forget))
+        if level.momentum == "learned":
+            momentum = rearrange(functional.logsigmoid(logits("momentum")), "b t h -> b h t")
+        elif level.has_momentum:
+            momentum = constant(math.log(level.momentum))
+        return Gates(lr, keep, momentum)
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))

@@ -1,0 +1,146 @@
+"""State: what a module carries from call to call, as a nested dict of tensors, batch first.
+
+State goes in and comes out, is never mutated, and no module keeps it:
+
+    y, state = module(x, state)
+
+- `Stateful`      the protocol: `init_state`, `reset_state(rows)`, `detach_state`
+- `tree_map`      applies a function to every tensor of one or more states
+- `save_state`, `load_state`   safetensors on disk, never pickle
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+State: TypeAlias = dict[str, Any]  # dict[str, Tensor | State]; a TypedDict per memory says which keys
+
+
+class StateError(ValueError):
+    """A state that does not fit: unreadable, or of another model."""
+
+
+class Stateful(nn.Module):
+    """A module with a state that goes in and comes out. Stateless modules inherit the empty state."""
+
+    def init_state(self, batch: int) -> State:
+        """A fresh state for `batch` rows; `{}` for a stateless module."""
+        return {}
+
+    def reset_state(self, state: State, rows: Bool[Tensor, "batch"] | None = None) -> State:
+        """A fresh state for the chosen rows (all rows where `rows` is None), the others untouched."""
+        leaf = next(leaves(state), None)
+        if leaf is None:
+            return state
+        fresh = self.init_state(leaf.shape[0])
+        if rows is None:
+            return fresh
+        return tree_map(lambda new, old: torch.where(align(rows, old), new.to(old.dtype), old), fresh, state)
+
+    def detach_state(self, state: State) -> State:
+        """The same numbers, cut from the graph that made them: the truncation of an unroll."""
+        return tree_map(Tensor.detach, state)
+
+
+def align(rows: Bool[Tensor, "batch"], like: Tensor) -> Bool[Tensor, "batch *ones"]:
+    """`rows` with trailing axes of one, so that it broadcasts against a batch-first tensor."""
+    return rows.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def tree_map(function: Callable[..., Tensor], tree: State, *others: State) -> State:
+    """`function` of every tensor of `tree` (and the tensors at the same place in `others`)."""
+    return {
+        key: tree_map(function, value, *(other[key] for other in others))
+        if isinstance(value, dict)
+        else function(value, *(other[key] for other in others))
+        for key, value in tree.items()
+    }
+
+
+def leaves(tree: State) -> Iterator[Tensor]:
+    """Every tensor of a state, in the order of its keys."""
+    for value in tree.values():
+        if isinstance(value, dict):
+            yield from leaves(value)
+        else:
+            yield value
+
+
+def state_bytes(state: State) -> int:
+    """The size of a state's tensors, in bytes."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(state))
+
+
+def flatten(tree: State, prefix: str = "") -> dict[str, Tensor | None]:
+    """One level of `a/b/c` keys; an empty dict stands as None, so that `unflatten` gives it back."""
+    flat: dict[str, Tensor | None] = {}
+    for key, value in tree.items():
+        if not isinstance(value, dict):
+            flat[prefix + key] = value
+        elif value:
+            flat.update(flatten(value, f"{prefix}{key}/"))
+        else:
+            flat[prefix + key] = None
+    return flat
+
+
+def unflatten(flat: dict[str, Tensor | None]) -> State:
+    """The inverse of `flatten`."""
+    tree: State = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = {} if value is None else value
+    return tree
+
+
+def save_state(state: State, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a state as safetensors, whole or not at all (a temporary file, then a rename)."""
+    flat = flatten(state)
+    empty = json.dumps([key for key, value in flat.items() if value is None])
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in flat.items() if value is not None}
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, partial, metadata={**(metadata or {}), "empty": empty})
+    partial.replace(path)
+
+
+def load_state(path: Path) -> tuple[State, dict[str, str]]:
+    """Reads a state and its metadata. Raises StateError where the file is missing, truncated or foreign."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = cast(dict[str, str], dict(file.metadata() or {}))
+            flat: dict[str, Tensor | None] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            flat.update(dict.fromkeys(json.loads(metadata.pop("empty"))))
+    except FileNotFoundError:
+        raise StateError(f"{path}: no such state file; write one with --save-state") from None
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise StateError(f"{path}: not a readable state file ({error}); it is truncated or not metamem's") from None
+    return unflatten(flat), metadata
+
+
+def check_like(state: State, expected: State, where: str) -> None:
+    """Raises StateError at the first key or shape in which `state` differs from `expected`."""
+    have, want = flatten(state), flatten(expected)
+    for key in want.keys() ^ have.keys():
+        side = "lacks" if key in want else "has an unexpected"
+        raise StateError(f"{where}: the state {side} {key!r}: it is of another model")
+    for key, tensor in want.items():
+        mine = have[key]
+        if (mine is None) != (tensor is None) or (
+            mine is not None and tensor is not None and (mine.shape != tensor.shape or mine.dtype != tensor.dtype)
+        ):
+            found = "nothing" if mine is None else f"{mine.dtype}{list(mine.shape)}"
+            wanted = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+            raise StateError(f"{where}: {key!r} is {found}, this model needs {wanted}: it is of another model")
