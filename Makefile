@@ -1,0 +1,53 @@
+# Every target does its own set-up in .venv; the stamp makes the second run install nothing.
+PYTHON ?= python3
+SEEDS ?= 1
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.installed
+BENCH_STAMP := .venv/.installed-bench
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check bench clean
+
+help:
+	@echo "make run [SEEDS=3]  meta-train the quickstart model, then stream English it has never read"
+	@echo "make test [ARGS=..] run the whole test suite"
+	@echo "make check          lint, formatting, types, import rules"
+	@echo "make bench          speed and memory of fast weights beside a peer's"
+	@echo "make install        set up .venv and nothing else"
+	@echo "make clean          remove .venv and caches (runs/ stays)"
+
+# torch comes first and alone, so that no other package's requirement chooses its build.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "metamem needs Python 3.11 or newer; found %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	@echo "Setting up .venv; this takes a few minutes the first time."
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet torch==2.13.0 -c constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e ".[data,dev]"
+	@touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
+	@touch $@
+
+install: $(STAMP)
+
+run: $(STAMP)
+	$(BIN)/python experiments/quickstart.py --seeds $(SEEDS) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python experiments/benchmarks/fast_weights.py $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
