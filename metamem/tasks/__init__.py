@@ -1,0 +1,13 @@
+"""Tasks: what a model is trained on, and what it is streamed. Importing this package registers them by name.
+
+A task is built from the config's `task:` section (`name` picks it, the other keys are its constructor's arguments):
+
+    task = English(train=("web",), stream=("tyn", "wyc"))
+    inputs, targets = task.sample(torch.Generator().manual_seed(0), batch=16, length=512)
+    for name, text in task.streams().items(): ...
+"""
+
+from metamem.tasks.english import English
+from metamem.tasks.text import TaskError, load_text, respell, sample_windows, split_text, to_bytes
+
+__all__ = ["English", "TaskError", "load_text", "respell", "sample_windows", "split_text", "to_bytes"]
