@@ -1,0 +1,98 @@
+"""The command line: `metamem check CONFIG [key=value ...]`, `metamem schema`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from metamem.config import Config, UserError, load_config, ownership, resolve_objectives
+from metamem.registry import check_options
+
+app = typer.Typer(
+    help="Declare what learns, from which loss, how fast; then meta-train it, adapt with it, measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # an error that is not the user's shows a plain traceback
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides: training.steps=20")]
+
+USER_ERROR = 2  # exit code
+
+
+def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a `UserError` (and so a `ConfigError`) into its one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except UserError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(USER_ERROR) from None
+
+    return run
+
+
+@app.callback()
+def main() -> None:
+    # The user's own objectives and modules lie in the current folder. Last on the path: a `losses/` there must not
+    # shadow ours.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def register_shipped() -> None:
+    """Fill the registries with what ships. Late, since it imports torch, which a `--help` should not wait for."""
+    for module in ("metamem.network", "metamem.tasks"):
+        importlib.import_module(module)
+
+
+def load_checked(path: Path, overrides: list[str] | None) -> Config:
+    """A config whose options and objectives exist too: all that can be known before anything is built."""
+    config = load_config(path, overrides or [])
+    register_shipped()
+    check_options(config)
+    resolve_objectives(config)
+    return config
+
+
+@app.command()
+@user_errors
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing."""
+    resolved = load_checked(config, overrides)
+    from metamem.config import tables
+
+    model = importlib.import_module("metamem.network").build(resolved)
+    parameters = dict(model.named_parameters())
+    owned = ownership(parameters, resolved.hierarchy)
+    # Piped, the width is unknown, and 80 columns would break the names that one greps for.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(tables.network_tree(model, resolved.name))
+    console.print(tables.hierarchy_table(resolved, owned, {name: p.numel() for name, p in parameters.items()}))
+    console.print(tables.schedule_table(resolved))
+
+
+@app.command()
+@user_errors
+def schema() -> None:
+    """Print a JSON Schema of the config, for editors, with the options of everything registered."""
+    register_shipped()
+    from metamem.config.json_schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,47 @@
+"""Configs: `load_config(path, overrides) -> Config`, checked, with file and line in every error."""
+
+from metamem.config.check import (
+    group_members,
+    network_config,
+    ownership,
+    resolve_objectives,
+)
+from metamem.config.errors import ConfigError, UserError, Where
+from metamem.config.load import load_config, to_yaml
+from metamem.config.resolve import objective_gradient, resolve_objective
+from metamem.config.schema import (
+    Config,
+    ConnectionConfig,
+    GroupConfig,
+    HierarchyConfig,
+    LevelConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RuleConfig,
+    TrainingConfig,
+    to_dict,
+)
+
+__all__ = [
+    "load_config",
+    "to_yaml",
+    "to_dict",
+    "Config",
+    "NetworkConfig",
+    "ConnectionConfig",
+    "HierarchyConfig",
+    "GroupConfig",
+    "LevelConfig",
+    "RuleConfig",
+    "OptimizerConfig",
+    "TrainingConfig",
+    "network_config",
+    "resolve_objectives",
+    "resolve_objective",
+    "objective_gradient",
+    "group_members",
+    "ownership",
+    "ConfigError",
+    "UserError",
+    "Where",
+]

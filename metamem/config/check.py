@@ -1,0 +1,208 @@
+"""What types cannot say: names that must exist, levels in order, graphs that meet, weights that someone owns.
+
+All of it is read from the config and, for ownership, a list of parameter names; nothing is built here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from metamem.config.convert import convert
+from metamem.config.errors import Where, show, suggest
+from metamem.config.resolve import resolve_objective
+from metamem.config.schema import CLOCKS, Config, HierarchyConfig, LevelConfig, NetworkConfig
+from metamem.globs import match_names, matches, nearest_names
+
+_RUN_NAME = re.compile(r"\w[\w.-]*")
+_PART_NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+def check_config(config: Config) -> None:
+    """Raise a `ConfigError` on the first thing in the config that contradicts another."""
+    if not _RUN_NAME.fullmatch(config.name):
+        allowed = "use letters, digits, '.', '_', '-'"
+        raise (config.where / "name").error(f"{show(config.name)} cannot name a folder: {allowed}")
+    if not isinstance(config.task.get("name"), str):
+        raise config.where.at("task", "name").error("is missing: name a task, such as english")
+    check_network(config.network)
+    check_hierarchy(config.hierarchy)
+
+
+def network_config(options: Mapping[str, Any], where: Where) -> NetworkConfig:
+    """The graph in the options of a module of kind `network` (its `modules` and `connections`), checked."""
+    graph = {key: value for key, value in options.items() if key in ("modules", "connections")}
+    network: NetworkConfig = convert(graph, NetworkConfig, where)
+    check_network(network)
+    return network
+
+
+def check_network(network: NetworkConfig) -> None:
+    """Every module has a kind, every name that a connection uses exists, and nothing leads nowhere; also inside."""
+    places = network.where / "modules"
+    for name, options in network.modules.items():
+        if not _PART_NAME.fullmatch(name) or name in ("in", "out"):
+            raise (places / name).error(f"{name!r} cannot name a module: use letters, digits, '_', not 'in' or 'out'")
+        if not isinstance(options.get("kind"), str):
+            raise places.at(name, "kind").error("is missing: name a module kind, such as linear")
+        if options["kind"] == "network":
+            network_config(options, places / name)
+
+    used = {source for connection in network.connections for source in connection.source}
+    targets: dict[str, Where] = {}
+    for connection in network.connections:
+        where = connection.where
+        if connection.by == "feed" and len(connection.source) > 1:
+            raise (where / "by").error("feed takes one source; say how to join them (concat, sum, gate)")
+        if connection.to == "in":
+            raise (where / "to").error("'in' is where the graph begins; nothing can lead there")
+        if connection.to in targets:
+            raise (where / "to").error(f"{connection.to!r} is already fed by {targets[connection.to].key}: join them")
+        targets[connection.to] = where
+    known = list(dict.fromkeys(["in", *network.modules, *(name for name in targets if name != "out")]))
+    for connection in network.connections:
+        for source in connection.source:
+            if source not in known:
+                raise (connection.where / "from").unknown(f"there is no module or junction {source!r}", source, known)
+        if connection.to not in used and connection.to not in network.modules and connection.to != "out":
+            raise (connection.where / "to").unknown(
+                f"{connection.to!r} is no module, and no connection leads on from it", connection.to, [*known, "out"]
+            )
+    for name in network.modules:
+        if name not in targets or name not in used:
+            missing = "to" if name not in targets else "from"
+            raise (places / name).error(f"no connection leads {missing} the module {name!r}")
+    if "out" not in targets:
+        raise (network.where / "connections").error("no connection leads to 'out'")
+
+
+def check_hierarchy(hierarchy: HierarchyConfig) -> None:
+    """Levels in order with unique names; each has what its clock needs; no two clocks fight over a group's weights."""
+    places, names = hierarchy.where / "levels", [level.name for level in hierarchy.levels]
+    if not names:
+        raise places.error("the list is empty: nothing would learn")
+    for i, level in enumerate(hierarchy.levels):
+        if level.name in names[:i]:
+            raise places.at(i, "name").error(f"{level.name!r} is already the name of levels[{names.index(level.name)}]")
+        if not _PART_NAME.fullmatch(level.name):
+            raise places.at(i, "name").error(f"{level.name!r} cannot name a level: use letters, digits and '_'")
+        _check_level(level, hierarchy)
+        if i and _speed(level) < _speed(before := hierarchy.levels[i - 1]):
+            raise (places / i).error(
+                f"{_pace(level)} is faster than {_pace(before)} of {before.name!r} before it; "
+                f"list the levels fast to slow ({', '.join(CLOCKS)}, then period)"
+            )
+    fast: dict[str, LevelConfig] = {}
+    for level in hierarchy.levels:
+        for i, group in enumerate(level.groups if level.clock != "step" else []):
+            # Token levels add their components in one memory; an inner level would overwrite what they wrote.
+            if group in fast and "inner" in (level.clock, fast[group].clock):
+                raise level.where.at("groups", i).error(
+                    f"{group!r} already learns in level {fast[group].name!r} ({fast[group].clock}); "
+                    "only token levels can share a group"
+                )
+            fast[group] = level
+
+
+def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
+    where = level.where
+    wanted, unwanted = ("rule", "optimizer") if level.clock == "token" else ("optimizer", "rule")
+    if getattr(level, unwanted) is not None:
+        raise (where / unwanted).error(f"a level with the clock {level.clock!r} has a {wanted}, not a {unwanted}")
+    if getattr(level, wanted) is None:
+        raise (where / wanted).error(f"is missing: a level with the clock {level.clock!r} needs one")
+    if not level.objective:
+        raise (where / "objective").error("is empty: name at least one, as {losses.recall.mse: 1.0}")
+    if not level.groups:
+        raise (where / "groups").error(f"is empty: name at least one{suggest('', hierarchy.groups)}")
+    for i, group in enumerate(level.groups):
+        if group not in hierarchy.groups:
+            raise where.at("groups", i).unknown(f"there is no group {group!r}", group, hierarchy.groups)
+        if group in level.groups[:i]:
+            raise where.at("groups", i).error(f"{group!r} is listed twice")
+        if level.clock == "token" and hierarchy.groups[group].scope == "meta":
+            raise where.at("groups", i).error(
+                f"a token level changes fast weights, but the group {group!r} has the scope 'meta' (sample, stream)"
+            )
+    if level.clock == "step" and level.unroll is not None:
+        raise (where / "unroll").error("is for token and inner levels: no gradient flows through outer steps")
+    if (optimizer := level.optimizer) is not None:
+        if level.clock == "step" and optimizer.lr == "learned":
+            raise where.at("optimizer", "lr").error("a step level's rate must be a number: no level learns it")
+        if optimizer.name != "sgd" and optimizer.momentum:
+            raise where.at("optimizer", "momentum").error(f"is sgd's; {optimizer.name} has betas")
+        if optimizer.name == "sgd" and optimizer.betas != type(optimizer).betas:
+            raise where.at("optimizer", "betas").error("are those of adam and adamw; sgd has momentum")
+
+
+def _speed(level: LevelConfig) -> tuple[int, int]:
+    return CLOCKS.index(level.clock), level.period
+
+
+def _pace(level: LevelConfig) -> str:
+    return f"{level.clock}/{level.period}"
+
+
+def resolve_objectives(config: Config) -> dict[str, dict[Callable[..., Any], float]]:
+    """Level -> objective function -> weight; a `ConfigError` for a path that names no function."""
+    return {
+        level.name: {
+            resolve_objective(path, level.where.at("objective", path)): weight
+            for path, weight in level.objective.items()
+        }
+        for level in config.hierarchy.levels
+    }
+
+
+def group_members(parameter_names: Iterable[str], hierarchy: HierarchyConfig) -> dict[str, list[str]]:
+    """Group -> the parameters that it matches; a `ConfigError` for a glob that matches none."""
+    names = list(parameter_names)
+    for group in hierarchy.groups.values():
+        for pattern in group.match:
+            if not match_names([pattern], names):
+                raise (group.where / "match").error(
+                    f"{pattern!r} matches no parameter; the nearest are {', '.join(nearest_names(pattern, names))}"
+                )
+    return {key: match_names(group.match, names) for key, group in hierarchy.groups.items()}
+
+
+def ownership(parameter_names: Iterable[str], hierarchy: HierarchyConfig) -> dict[str, list[str]]:
+    """Step level -> the slow weights that are its own, in the model's order.
+
+    Each belongs to exactly one: the slowest step level with a group that matches it (the largest period; of equal ones
+    the later in the list). Raises `ConfigError` for a weight that none matches, a glob that matches nothing, and a
+    step level for which no weight is left.
+    """
+    names = list(parameter_names)
+    group_members(names, hierarchy)
+    levels = [level for level in hierarchy.levels if level.clock == "step"]
+    if not levels:
+        raise (hierarchy.where / "levels").error("no level has the clock 'step': nothing would train the slow weights")
+    owned: dict[str, list[str]] = {level.name: [] for level in levels}
+    for name in names:
+        matching = [i for i, level in enumerate(levels) if _matches(level, name, hierarchy)]
+        if not matching:
+            raise (hierarchy.where / "levels").error(
+                f"the parameter {name!r} belongs to no step level; nearest group: {_nearest_group(name, hierarchy)}"
+            )
+        owned[levels[max(matching, key=lambda i: (levels[i].period, i))].name].append(name)
+    for level in levels:
+        if not owned[level.name]:
+            slower = sorted({key for key, own in owned.items() if own})
+            raise (level.where / "groups").error(
+                f"no parameter is left to level {level.name!r}: all that it matches belong to slower ones "
+                f"({', '.join(slower)})"
+            )
+    return owned
+
+
+def _matches(level: LevelConfig, name: str, hierarchy: HierarchyConfig) -> bool:
+    return any(matches(pattern, name) for group in level.groups for pattern in hierarchy.groups[group].match)
+
+
+def _nearest_group(name: str, hierarchy: HierarchyConfig) -> str:
+    patterns = [(pattern, key) for key, group in hierarchy.groups.items() for pattern in group.match]
+    pattern, key = max(patterns, key=lambda item: difflib.SequenceMatcher(None, item[0], name).ratio())
+    return f"{key!r} ({pattern})"

@@ -1,0 +1,118 @@
+"""The config as a JSON Schema (draft 2020-12), with which editors complete and check the YAML.
+
+It holds what types and ranges say. It requires little, since a file may leave to `extends` what it does not set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from metamem.config.convert import ONE_OR_MORE, Range, key_of, schema_fields
+from metamem.config.schema import Config, NetworkConfig
+from metamem.registry import MODULES, TASKS, Registry
+
+Schema = dict[str, Any]
+
+_REFERENCE: Schema = {"type": "string", "pattern": r"\$\{"}
+_SCALARS = {bool: "boolean", int: "integer", float: "number"}
+_BOUNDS = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
+
+
+def json_schema() -> Schema:
+    """The schema of a config file, with the options of everything that is registered."""
+    definitions: Schema = {}
+    root = _schema(Config, definitions)
+    top = definitions.pop(root["$ref"].rpartition("/")[2])
+    files = _schema(str, definitions)
+    top["properties"]["extends"] = {"anyOf": [files, {"type": "array", "items": files}]}
+    top["properties"]["task"] = _entries(TASKS, definitions)
+    definitions["Module"] = _entries(MODULES, definitions)
+    definitions[NetworkConfig.__name__]["properties"]["modules"]["additionalProperties"] = _ref("Module")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "metamem config",
+        **top,
+        "$defs": definitions,
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _schema(annotation: Any, definitions: Schema, in_list: bool = False) -> Schema:
+    origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if origin is Annotated:
+        schema = _schema(arguments[0], definitions)
+        for mark in arguments[1:]:
+            if isinstance(mark, Range):
+                bounds = {_BOUNDS[key]: bound for key, bound in dataclasses.asdict(mark).items() if bound is not None}
+                schema = {"anyOf": [{**schema["anyOf"][0], **bounds}, *schema["anyOf"][1:]]}
+            elif mark == ONE_OR_MORE:
+                schema = {"anyOf": [schema["items"], {**schema, "minItems": 1}]}
+        return schema
+    if origin in (Union, types.UnionType):
+        options = [_schema(option, definitions) for option in arguments]
+        flat = [part for option in options for part in option.get("anyOf", [option])]
+        return {"anyOf": [part for i, part in enumerate(flat) if part not in flat[:i]]}
+    if origin is Literal:
+        return {"anyOf": [{"enum": list(arguments)}, _REFERENCE]}
+    if annotation in (None, types.NoneType):
+        return {"type": "null"}
+    if origin is str:
+        return {"type": "string"}
+    if origin in _SCALARS:
+        return {"anyOf": [{"type": _SCALARS[origin]}, _REFERENCE]}
+    if origin is list or (origin is tuple and (not arguments or arguments[-1] is ...)):
+        return {"type": "array", "items": _schema((*arguments, Any)[0], definitions, in_list=True)}
+    if origin is tuple:
+        items = [_schema(item, definitions) for item in arguments]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema((*arguments, Any, Any)[1], definitions)}
+    if dataclasses.is_dataclass(annotation):
+        return _dataclass(annotation, definitions, in_list)
+    return {}
+
+
+def _dataclass(cls: Any, definitions: Schema, in_list: bool) -> Schema:
+    if cls.__name__ not in definitions:
+        definitions[cls.__name__] = {}
+        hints = get_type_hints(cls, include_extras=True)
+        properties, required = {}, []
+        for field in schema_fields(cls):
+            schema = _schema(hints[field.name], definitions)
+            if field.default is not dataclasses.MISSING:
+                schema = {**schema, "default": field.default}
+            elif field.default_factory is dataclasses.MISSING:
+                required.append(key_of(field))
+            properties[key_of(field)] = schema
+        definitions[cls.__name__] = {
+            "type": "object",
+            "description": " ".join((cls.__doc__ or "").split()),
+            "properties": properties,
+            "additionalProperties": False,
+            # Lists replace when files merge, so that an item is whole; a mapping may be completed by another file.
+            **({"required": required} if in_list and required else {}),
+        }
+    return _ref(cls.__name__)
+
+
+def _entries(registry: Registry[Any], definitions: Schema) -> Schema:
+    """Of each registered name its options; and, for a file that changes another's entry, options without the name."""
+    entries = []
+    for name in registry:
+        properties: Schema = {registry.key: {"const": name}}
+        for option, (annotation, default) in registry.options(name).items():
+            properties[option] = _schema(annotation, definitions)
+            if isinstance(default, bool | int | float | str | list | tuple | None):
+                properties[option] = {**properties[option], "default": default}
+        if registry is MODULES and name == "network":
+            network = definitions[NetworkConfig.__name__]["properties"]
+            properties = {**properties, "modules": network["modules"], "connections": network["connections"]}
+        entries.append(
+            {"type": "object", "properties": properties, "required": [registry.key], "additionalProperties": False}
+        )
+    return {"anyOf": [*entries, {"type": "object", "not": {"required": [registry.key]}}]}

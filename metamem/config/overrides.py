@@ -1,0 +1,104 @@
+"""Command-line overrides: `training.steps=20`, `hierarchy.levels.surprise.period=4`, `hierarchy.levels[0].period=4`.
+
+The value is YAML. A list item is named by its index or by its `name`. An override changes what the config has or what
+the schema knows; a key that neither knows is an error, never a silent new entry.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+from metamem.config import nodes
+from metamem.config.errors import Path, Sources, Where, show
+from metamem.config.nodes import Node
+from metamem.config.schema import Config, LevelConfig
+
+PLACE = "command line"
+_KEY = re.compile(r"[^.\[\]=]+(\[\d+\])*(\.[^.\[\]=]+(\[\d+\])*)*")
+
+
+def apply_overrides(root: Node, overrides: list[str]) -> Node:
+    """The tree with every override in it; first those that choose a kind, since they drop the old kind's options."""
+    parsed = [_parse(text) for text in overrides]
+    parsed.sort(key=lambda item: nodes.chooser(tuple(item[0][:-1])) != item[0][-1])
+    for keys, value in parsed:
+        _set(root, keys, value, ())
+    return root
+
+
+def _parse(text: str) -> tuple[list[str], Node]:
+    key, equals, value = text.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        raise Where.of(PLACE).error(f"{text!r}: write an override as key.path=value")
+    return re.findall(r"[^.\[\]]+", key), nodes.parse(value, f"{PLACE}: {key}", numbered=False)
+
+
+def _set(node: Node, keys: list[str], value: Node, path: Path) -> None:
+    value.place = PLACE
+    key, rest = keys[0], keys[1:]
+    if path[:2] == ("hierarchy", "levels") and path[-1] == "objective":
+        key, rest = ".".join(keys), []  # an objective is named by a dotted path, which is one key
+    if isinstance(node.value, list):
+        index = _index(node.value, key, path)
+        if rest:
+            _set(node.value[index], rest, value, (*path, index))
+        else:
+            node.value[index] = value
+        return
+    if not isinstance(node.value, dict):
+        raise _where(path).error(f"is {show(node.value)}, and has no {key!r} to set")
+    entries: dict[str, Node] = node.value
+    if rest:
+        if key not in entries:
+            known = _schema_keys(path)
+            if key not in known:
+                raise _where((*path, key)).unknown("unknown key", key, [*entries, *known])
+        if key not in entries or entries[key].value is None:
+            entries[key] = Node({}, PLACE)
+        _set(entries[key], rest, value, (*path, key))
+        return
+    if key not in entries and not _may_be_new(path, value):
+        raise _where((*path, key)).unknown("unknown key", key, entries)
+    if key == nodes.chooser(path) and key in entries and entries[key].value != value.value:
+        entries.clear()
+    node.place = PLACE
+    entries[key] = value
+
+
+def _index(items: list[Node], key: str, path: Path) -> int:
+    names = [_name(item) for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    known = [name for name in names if name]
+    if key.isdecimal() or not known:
+        raise _where(path).error(f"has no item {key}: there are {len(items)}, counted from 0")
+    raise _where((*path, key)).unknown("no item has this name", key, known)
+
+
+def _name(item: Node) -> str | None:
+    name = item.value.get("name") if isinstance(item.value, dict) else None
+    return name.value if isinstance(name, Node) and isinstance(name.value, str) else None
+
+
+def _schema_keys(path: Path) -> list[str]:
+    """The keys that the schema has at this path, which a file may have left out."""
+    if path == ():
+        return [field.name for field in fields(Config) if field.name != "where"]
+    if len(path) == 3 and path[:2] == ("hierarchy", "levels"):
+        return [field.name for field in fields(LevelConfig) if field.name != "where"]
+    return []
+
+
+def _may_be_new(path: Path, value: Node) -> bool:
+    """Whether a new last key may be right. Options and fields are checked later, against the kind or the schema; a new
+    module or group must be given whole; a variable that no file has is read by nothing."""
+    if path[-1:] in (("modules",), ("groups",)):
+        return isinstance(value.value, dict)
+    return path[:1] != ("vars",)
+
+
+def _where(path: Path) -> Where:
+    return Where(Sources({(): PLACE}), path)

@@ -1,0 +1,146 @@
+"""The config as dataclasses: what a YAML file may say, its types, ranges and defaults.
+
+A config names a task, a network (a graph of modules), and a hierarchy of losses (what learns, from which loss, how
+fast). All dataclasses are frozen, and each knows the file and line that it came from (`where`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from metamem.config.convert import ONE_OR_MORE, Range, key_of, schema_fields
+from metamem.config.errors import Where
+
+Clock = Literal["token", "inner", "step"]
+CLOCKS: tuple[Clock, ...] = ("token", "inner", "step")  # fast to slow
+
+Count = Annotated[int, Range(low=1)]
+Whole = Annotated[int, Range(low=0)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(low=0)]
+Fraction = Annotated[float, Range(low=0, below=1)]
+Learned = Literal["learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """A part of a config that knows where it was written."""
+
+    where: Where = field(default_factory=Where, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class ConnectionConfig(Located):
+    """An edge of a graph: the sources, joined `by` feed, concat, sum or gate, go to a module, `out` or a junction."""
+
+    source: Annotated[list[str], ONE_OR_MORE] = field(metadata={"key": "from"})
+    to: str
+    by: Literal["feed", "concat", "sum", "gate"] = "feed"
+
+
+@dataclass(frozen=True)
+class NetworkConfig(Located):
+    """A graph of modules. A module is its `kind` and that kind's options (see `metamem.registry.MODULES`)."""
+
+    modules: dict[str, dict[str, Any]]
+    connections: list[ConnectionConfig]
+
+
+@dataclass(frozen=True)
+class GroupConfig(Located):
+    """Parameters that a level can address: globs over their names, and whose weights they are."""
+
+    match: Annotated[list[str], ONE_OR_MORE]
+    scope: Literal["sample", "stream", "meta"] = "meta"
+
+
+@dataclass(frozen=True)
+class RuleConfig(Located):
+    """The update rule of a fast level: `S = momentum S - lr (in x signal)`, `D = (1 - forget) D + S`.
+
+    A learned `lr` lies in (0, `lr_max`).
+    """
+
+    signal: Literal["backprop"] = "backprop"
+    lr: NonNegative | Learned = "learned"
+    lr_max: Positive = 1.0
+    momentum: Fraction | Learned = 0.0
+    forget: Fraction | Learned = 0.0
+    forget_to: Literal["init", "zero"] = "init"
+    reduction: Literal["sum", "mean"] = "sum"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Located):
+    """The optimizer of an `inner` or `step` level. `momentum` is sgd's; `betas` are those of adam and adamw."""
+
+    name: Literal["sgd", "adam", "adamw"]
+    lr: NonNegative | Learned
+    momentum: Fraction = 0.0
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class LevelConfig(Located):
+    """One timescale: which groups learn, from which objectives (dotted path: weight), by which rule, how often."""
+
+    name: str
+    clock: Clock
+    objective: dict[str, float]
+    groups: list[str]
+    period: Count = 1
+    rule: RuleConfig | None = None
+    optimizer: OptimizerConfig | None = None
+    unroll: Count | None = None
+
+
+@dataclass(frozen=True)
+class HierarchyConfig(Located):
+    """The levels, fast to slow, and the parameter groups that they address."""
+
+    groups: dict[str, GroupConfig]
+    levels: list[LevelConfig]
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Located):
+    """Meta-training: `steps` outer steps over `batch` sequences of `length` tokens.
+
+    The rates of the step levels rise over `warmup` steps, then stay (`constant`) or fall to a twentieth (`cosine`).
+    """
+
+    steps: Count = 2000
+    batch: Count = 16
+    length: Count = 512
+    warmup: Whole = 50
+    schedule: Literal["constant", "cosine"] = "cosine"
+    gradient_clip: Positive | None = 1.0
+    log_every: Count = 20
+    checkpoint_every: Count = 200
+    compile: bool = False
+    threads: Count | None = None
+
+
+@dataclass(frozen=True)
+class Config(Located):
+    """A whole run. `name` names its folder and defaults to the file's; `task` is a registered name and its options."""
+
+    name: str
+    task: dict[str, Any]
+    network: NetworkConfig
+    hierarchy: HierarchyConfig
+    seed: Whole = 0
+    vars: dict[str, Any] = field(default_factory=dict)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def to_dict(node: Any) -> Any:
+    """A config, or a part of one, as the plain mappings and lists that its YAML would hold."""
+    if dataclasses.is_dataclass(node):
+        return {key_of(item): to_dict(getattr(node, item.name)) for item in schema_fields(node)}
+    if isinstance(node, dict):
+        return {key: to_dict(value) for key, value in node.items()}
+    return [to_dict(value) for value in node] if isinstance(node, list | tuple) else node

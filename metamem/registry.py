@@ -1,0 +1,150 @@
+"""Registries of what a config can name: network modules by `kind`, tasks by `name`.
+
+The options of a kind are the keyword arguments of its constructor, with their annotations and defaults; there is no
+second list of them to keep in step:
+
+    @MODULES.register("scale")
+    class Scale(nn.Module):
+        def __init__(self, dim: int, initial: float = 1.0): ...
+
+    # network: {modules: {scale: {kind: scale, dim: 128}}, ...}
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING
+from typing import Any, Generic, TypeVar, get_type_hints
+
+from metamem.config.convert import convert, describe
+from metamem.config.errors import ConfigError, Where
+from metamem.config.schema import Config
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+class Registry(Generic[T]):
+    """Name -> constructor of a `T`.
+
+    `noun` is what errors call an entry, `key` the config key that names one, `builder_args` the constructor arguments
+    that the builder supplies and no config can.
+    """
+
+    def __init__(self, noun: str, key: str, builder_args: Collection[str] = ()) -> None:
+        self.noun = noun
+        self.key = key
+        self.builder_args = frozenset(builder_args)
+        self._constructors: dict[str, Callable[..., T]] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Class or function decorator: what is below it is built where a config says `name`.
+
+        Raises ValueError where the name is taken by something else (running a notebook cell again is fine), TypeError
+        where an argument has no annotation to check a config by.
+        """
+
+        def add(constructor: C) -> C:
+            taken = self._constructors.get(name)
+            if taken is not None and _identity(taken) != _identity(constructor):
+                raise ValueError(f"{self.noun} {name!r} is already registered, by {_identity(taken)}")
+            for parameter in _keywords(constructor):
+                if parameter.name not in self.builder_args and parameter.annotation is parameter.empty:
+                    raise TypeError(f"{self.noun} {name!r}: annotate {parameter.name!r}, to check configs by")
+            self._constructors[name] = constructor
+            return constructor
+
+        return add
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._constructors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._constructors))
+
+    def get(self, name: str, where: Where | str = "") -> Callable[..., T]:
+        """The constructor registered as `name`; a ConfigError with the nearest name where there is none."""
+        if name not in self._constructors:
+            place = Where.of(where) / self.key
+            raise place.unknown(f"there is no {self.noun} {name!r}", name, self)
+        return self._constructors[name]
+
+    def options(self, name: str) -> dict[str, tuple[Any, Any]]:
+        """Option -> (annotation, default or `dataclasses.MISSING`), in the constructor's order."""
+        constructor = self.get(name)
+        hints = _hints(constructor)
+        return {
+            item.name: (hints[item.name], MISSING if item.default is item.empty else item.default)
+            for item in _keywords(constructor)
+            if item.name not in self.builder_args
+        }
+
+    def check(self, name: str, options: Mapping[str, Any], where: Where | str = "") -> dict[str, Any]:
+        """The options as their annotations have them; a ConfigError on an unknown, missing or wrongly typed one."""
+        place = Where.of(where)
+        self.get(name, place)
+        known = self.options(name)
+        for key in options:
+            if key not in known:
+                raise (place / key).unknown(f"{self.noun} {name!r} has no such option", key, known)
+        for key, (annotation, default) in known.items():
+            if key not in options and default is MISSING:
+                raise (place / key).error(f"is missing: {self.noun} {name!r} needs {describe(annotation)}")
+        return {key: convert(value, known[key][0], place / key) for key, value in options.items()}
+
+    def build(self, name: str, options: Mapping[str, Any], where: Where | str = "", **supplied: Any) -> T:
+        """Check the options and construct.
+
+        `supplied` are the builder's own arguments, passed on where the constructor takes them. A ValueError that the
+        constructor raises about its options becomes a ConfigError at `where`.
+        """
+        arguments = self.check(name, options, where)
+        constructor = self.get(name, where)
+        taken = {parameter.name for parameter in _keywords(constructor)} & self.builder_args
+        try:
+            return constructor(**arguments, **{key: value for key, value in supplied.items() if key in taken})
+        except ConfigError:
+            raise  # it already says where, more exactly
+        except ValueError as error:
+            raise Where.of(where).error(str(error)) from error
+
+
+def _identity(constructor: Callable[..., Any]) -> str:
+    return f"{constructor.__module__}.{constructor.__qualname__}"
+
+
+def _keywords(constructor: Callable[..., Any]) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter for parameter in inspect.signature(constructor).parameters.values() if parameter.kind in kinds]
+
+
+@functools.cache
+def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
+    function = constructor.__init__ if isinstance(constructor, type) else constructor
+    return get_type_hints(function, include_extras=True)
+
+
+MODULES: Registry[Any] = Registry("module kind", key="kind", builder_args={"levels"})
+TASKS: Registry[Any] = Registry("task", key="name")
+
+
+def check_options(config: Config) -> None:
+    """Check the options of the config's task and of all its modules, also nested ones, without building any.
+
+    Import what registers them first (`metamem.network`, `metamem.tasks`, the user's own).
+    """
+
+    def check(registry: Registry[Any], entry: Mapping[str, Any], where: Where) -> None:
+        options = {key: value for key, value in entry.items() if key != registry.key}
+        registry.check(entry[registry.key], options, where)
+
+    def check_modules(modules: Mapping[str, Mapping[str, Any]], where: Where) -> None:
+        for name, module in modules.items():
+            check(MODULES, module, where / name)
+            if module[MODULES.key] == "network":
+                check_modules(module["modules"], where.at(name, "modules"))
+
+    check(TASKS, config.task, config.where / "task")
+    check_modules(config.network.modules, config.network.where / "modules")
