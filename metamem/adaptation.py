@@ -1,0 +1,201 @@
+"""Test-time adaptation: a session reads a stream and goes on learning from it.
+
+    session = Session(model, inner_levels(config, model))
+    observed = session.observe(tokens)        # the loss of every token given all before it; then it may learn
+
+What learns is what the levels say: token levels write the memories, inner levels move the parameters that they name
+by the loss of the stream itself, every `period` tokens. Every token is predicted before anything learns from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchopt
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import functional_call
+
+from metamem.config import UserError
+from metamem.hierarchy import InnerLevel, InnerLoop, InnerState, leaf_state, loss_per_token
+from metamem.memory.fast_weights import FastWeights
+from metamem.network import Network
+from metamem.state import State, check_like, load_state, save_state, state_bytes, tree_map
+
+Objectives = dict[Any, float]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a session saw: the loss of each token in nats, and the inner updates that were made on the way."""
+
+    losses: Float[Tensor, "batch tokens"]
+    updates: int
+
+    @property
+    def bits_per_token(self) -> float:
+        """The mean loss in bits."""
+        return float(self.losses.mean()) / math.log(2)
+
+
+class Session:
+    """A model on a stream.
+
+    - `levels`    the inner levels that move parameters; none for a model whose weights stay
+    - `writing`   whether memories write; False reads W_init for ever
+    - `reset_every`   tokens after which the memories start anew; None never
+
+    The first token of a stream is predicted by no context: it costs log(vocabulary).
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        objectives: Objectives,
+        levels: Sequence[InnerLevel] = (),
+        writing: bool = True,
+        reset_every: int | None = None,
+        batch: int = 1,
+        rate_scale: float = 1.0,
+    ) -> None:
+        self.model, self.objectives, self.writing, self.reset_every = model, objectives, writing, reset_every
+        self.loop = InnerLoop(model, list(levels), rate_scale)
+        self.batch = batch
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the model as trained, at the start of a stream."""
+        self.position = 0
+        self.last: Tensor | None = None
+        self.state = self.model.init_state(self.batch)
+        self.inner = {name: leaf_state(state) for name, state in self.loop.init().items()}
+        self.gradients: dict[str, list[Tensor]] = {}
+
+    def observe(self, tokens: Int[Tensor, "batch tokens"]) -> Observed:
+        """Reads tokens: their losses, each given all before it, and the updates that their levels made.
+
+        Gradients are cut at the ends of calls: to get the same numbers from any split, feed multiples of the period.
+        Raises UserError where a loss is not finite; the session is then as it was before the piece.
+        """
+        losses, updates, start = [], 0, 0
+        while start < tokens.shape[1]:
+            piece = tokens[:, start : start + self._room()]
+            losses.append(self._observe_piece(piece))
+            updates += self._learn()
+            start += piece.shape[1]
+        return Observed(torch.cat(losses, 1), updates)
+
+    @property
+    def state_bytes(self) -> int:
+        """The size of all that the session carries: memories, attention caches, fast copies of parameters."""
+        return state_bytes(self._carried())
+
+    def save(self, path: Path) -> None:
+        """Writes the session to a safetensors file, whole or not at all."""
+        save_state(self._carried(), path, {"kind": "session", "position": str(self.position)})
+
+    def load(self, path: Path) -> None:
+        """Goes on where a saved session stopped. Raises StateError, and changes nothing, if it is of another model."""
+        carried, metadata = load_state(path)
+        check_like({**carried, "last": {}}, {**self._carried(), "last": {}}, str(path))
+        self.position = int(metadata["position"])
+        self.state, last = carried["state"], carried["last"]
+        self.last = last.get("token")
+        for name, level in carried["levels"].items():
+            fast = {key: value.requires_grad_() for key, value in level["fast"].items()}
+            treespec = torchopt.pytree.tree_structure(self.inner[name].optimizer)
+            optimizer = torchopt.pytree.tree_unflatten(treespec, list(level["optimizer"].values()))
+            self.inner[name] = InnerState(fast, optimizer, int(level["updates"]))
+            self.gradients[name] = list(level["gradients"].values())
+
+    def _room(self) -> int:
+        """Tokens up to the next boundary of a level or reset."""
+        clocks = [level.period for level in self.loop.levels] + ([self.reset_every] if self.reset_every else [])
+        return min((clock - self.position % clock for clock in clocks), default=1 << 62)
+
+    def _observe_piece(self, piece: Tensor) -> Tensor:
+        if self.reset_every and self.position % self.reset_every == 0:
+            self.state, self.last = self.model.init_state(self.batch), None
+        inputs = piece[:, :-1] if self.last is None else torch.cat([self.last, piece[:, :-1]], 1)
+        targets = piece[:, 1:] if self.last is None else piece
+        first = [torch.full((piece.shape[0], 1), math.log(self.model_vocabulary))] if self.last is None else []
+        if inputs.shape[1] == 0:
+            losses, after, grads = torch.cat(first, 1), self.state, {}
+        else:
+            losses, after, grads = self._predict(inputs, targets)
+            losses = torch.cat([*first, losses], 1)
+        if not torch.isfinite(losses).all():
+            raise UserError(f"token {self.position}: the loss is not finite; the session stays as it was before it")
+        for name, gradient in grads.items():
+            kept = self.gradients.get(name)
+            self.gradients[name] = gradient if not kept else [a + b for a, b in zip(kept, gradient, strict=True)]
+        self.state, self.last = after, piece[:, -1:]
+        self.position += piece.shape[1]
+        return losses
+
+    def _predict(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, State, dict[str, list[Tensor]]]:
+        """Losses, the state after, and per level the gradient of its summed objective."""
+        with torch.set_grad_enabled(bool(self.loop.levels)), writing(self.model, self.writing):
+            out = functional_call(self.model, self.loop.parameters(self.inner), (inputs, self.state))
+            losses = loss_per_token(self.objectives, out.y, targets)
+            gradients = {}
+            for index, level in enumerate(self.loop.levels):
+                total = loss_per_token(level.objectives, out.y, targets).sum()
+                wanted = list(self.inner[level.name].fast.values())
+                more = index + 1 < len(self.loop.levels)
+                found = torch.autograd.grad(total, wanted, retain_graph=more, materialize_grads=True)
+                gradients[level.name] = list(found)
+        return losses.detach(), tree_map(Tensor.detach, out.state), gradients
+
+    def _learn(self) -> int:
+        """The levels whose period ends here take their step on the mean gradient of the period."""
+        made = 0
+        for level in self.loop.levels:
+            if self.position % level.period == 0:
+                mean = [gradient / (level.period * self.batch) for gradient in self.gradients.pop(level.name)]
+                self.inner[level.name] = leaf_state(self.loop.apply(level, self.inner[level.name], mean))
+                made += 1
+        return made
+
+    @property
+    def model_vocabulary(self) -> int:
+        """How many tokens the model tells apart."""
+        assert self.model.dim_out is not None
+        return self.model.dim_out
+
+    def _carried(self) -> State:
+        levels: State = {}
+        for level in self.loop.levels:
+            state = self.inner[level.name]
+            gradients = self.gradients.get(level.name) or [torch.zeros_like(value) for value in state.fast.values()]
+            levels[level.name] = {
+                "fast": {name: value.detach() for name, value in state.fast.items()},
+                "optimizer": _numbered(torchopt.pytree.tree_leaves(state.optimizer)),
+                "gradients": _numbered(gradients),
+                "updates": torch.tensor(state.updates),
+            }
+        return {"state": self.state, "levels": levels, "last": {} if self.last is None else {"token": self.last}}
+
+
+@contextmanager
+def writing(model: Network, on: bool) -> Iterator[None]:
+    """Within it, the model's memories write or, switched off, only read."""
+    memories = [module for module in model.modules() if isinstance(module, FastWeights)]
+    before = [memory.writing for memory in memories]
+    for memory in memories:
+        memory.writing = memory.writing and on
+    try:
+        yield
+    finally:
+        for memory, was in zip(memories, before, strict=True):
+            memory.writing = was
+
+
+def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {str(index): torch.as_tensor(tensor) for index, tensor in enumerate(tensors)}

@@ -1,0 +1,270 @@
+"""The hierarchy of losses: which weights learn, from which loss, on which clock.
+
+- `token` levels live inside the memories (`token_levels` makes them from a config)
+- `inner` levels move parameters inside the forward pass: every `period` tokens a differentiable optimizer step on
+  that piece's loss (`InnerLoop`); the outer gradient flows through, for `unroll` updates
+- `step` levels move the slow weights that they own (`OuterLevels`), each from its own objective, every `period` steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torchopt
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metamem.config import Config, LevelConfig, OptimizerConfig, ownership, resolve_objectives
+from metamem.globs import match_names
+from metamem.memory.level import TokenLevel
+from metamem.memory.signals import Objectives
+from metamem.state import State
+
+Parameters = dict[str, Tensor]
+INITIAL_RATE = 0.03  # where a learned inner rate starts
+
+
+def token_levels(config: Config) -> list[tuple[LevelConfig, TokenLevel]]:
+    """The token levels of a config, fast to slow, with their objectives resolved."""
+    objectives, found = resolve_objectives(config), []
+    for level in config.hierarchy.levels:
+        if level.clock == "token" and (rule := level.rule) is not None:
+            runtime = TokenLevel(
+                level.name,
+                objectives[level.name],
+                level.period,
+                lr=rule.lr,
+                lr_max=rule.lr_max,
+                momentum=rule.momentum,
+                forget=rule.forget,
+                forget_to=rule.forget_to,
+                reduction=rule.reduction,
+            )
+            found.append((level, runtime))
+    return found
+
+
+def loss_per_token(objectives: Objectives, pred: Tensor, target: Tensor) -> Float[Tensor, "batch time"]:
+    """Σ weight · objective(pred, target)."""
+    return torch.stack([weight * objective(pred, target) for objective, weight in objectives.items()]).sum(0)
+
+
+# ------------------------------------------------------------------------------------------------ inner levels
+
+
+@dataclass(frozen=True)
+class InnerLevel:
+    """An inner level with its objectives resolved and the names of the parameters that it moves."""
+
+    name: str
+    period: int
+    objectives: Objectives
+    optimizer: OptimizerConfig
+    members: tuple[str, ...]
+    unroll: int | None
+
+
+class InnerState(NamedTuple):
+    """What an inner level carries along a stream: its fast copies, its optimizer's state, updates since the cut."""
+
+    fast: Parameters
+    optimizer: Any
+    updates: int
+
+
+def inner_levels(config: Config, network: nn.Module) -> list[InnerLevel]:
+    """The inner levels of a config over a network's parameters."""
+    levels = [level for level in config.hierarchy.levels if level.clock == "inner"]
+    if not levels:
+        return []
+    names = [name for name, _ in network.named_parameters() if not name.startswith("inner_rates.")]
+    objectives, groups, found = resolve_objectives(config), config.hierarchy.groups, []
+    for level in levels:
+        members = match_names([glob for group in level.groups for glob in groups[group].match], names)
+        if not members:
+            raise (level.where / "groups").error(f"no parameter is in the groups of the inner level {level.name!r}")
+        assert level.optimizer is not None
+        found.append(
+            InnerLevel(level.name, level.period, objectives[level.name], level.optimizer, tuple(members), level.unroll)
+        )
+    return found
+
+
+def learned_rates(config: Config, network: nn.Module) -> nn.Module | None:
+    """The learned rates of the inner levels, one per parameter tensor, as logarithms: `inner_rates.<level>`."""
+    rates = nn.Module()
+    for level in inner_levels(config, network):
+        if level.optimizer.lr == "learned":
+            rates.register_parameter(level.name, nn.Parameter(torch.full((len(level.members),), INITIAL_RATE).log()))
+    return rates if any(True for _ in rates.parameters()) else None
+
+
+class InnerLoop:
+    """Runs a model along sequences while inner levels move its parameters, differentiably or not.
+
+    Every `period` tokens of a level: `θ ← θ − rate · step(∂ Σ objective / ∂ θ)` over exactly its last `period`
+    tokens, mean over tokens and rows. Reads between see the weights of the last boundary.
+    """
+
+    def __init__(self, network: nn.Module, levels: list[InnerLevel], rate_scale: float = 1.0) -> None:
+        self.network, self.levels, self.rate_scale = network, levels, rate_scale
+        self.transforms = {level.name: _direction(level.optimizer) for level in levels}
+        periods = sorted({level.period for level in levels})
+        if any(slow % periods[0] for slow in periods):
+            raise ValueError(f"the periods of inner levels must be multiples of the fastest: {periods}")
+        self.piece = min(periods, default=None)
+
+    def init(self) -> dict[str, InnerState]:
+        """Fast copies at the slow weights."""
+        parameters = dict(self.network.named_parameters())
+        states = {}
+        for level in self.levels:
+            fast = {name: parameters[name] for name in level.members}
+            states[level.name] = InnerState(fast, self.transforms[level.name].init(tuple(fast.values())), 0)
+        return states
+
+    def parameters(self, states: Mapping[str, InnerState]) -> Parameters:
+        """The fast copies of all levels, by parameter name."""
+        return {name: value for state in states.values() for name, value in state.fast.items()}
+
+    def rates(self, level: InnerLevel) -> list[Tensor | float]:
+        """One rate per parameter tensor."""
+        if level.optimizer.lr == "learned":
+            learned = self.network.get_parameter(f"inner_rates.{level.name}")
+            return [rate * self.rate_scale for rate in learned.exp().unbind()]
+        return [level.optimizer.lr * self.rate_scale] * len(level.members)
+
+    def apply(self, level: InnerLevel, state: InnerState, gradients: list[Tensor]) -> InnerState:
+        """One inner update: `θ ← θ − rate · step(gradient)`, differentiable in the gradients and the rates."""
+        values = tuple(state.fast.values())
+        directions, optimizer = self.transforms[level.name].update(
+            tuple(gradients), state.optimizer, params=values, inplace=False
+        )
+        moves = zip(values, self.rates(level), directions, strict=True)
+        moved = [value + rate * direction for value, rate, direction in moves]
+        return InnerState(dict(zip(level.members, moved, strict=True)), optimizer, state.updates + 1)
+
+    def run(
+        self,
+        inputs: Int[Tensor, "batch time"],
+        targets: Int[Tensor, "batch time"],
+        objectives: Objectives,
+    ) -> Float[Tensor, "batch time"]:
+        """The outer loss per token of fresh sequences, with the inner updates on the way and the graph through them."""
+        states, memory, losses = self.init(), None, []
+        pending: dict[str, list[Tensor]] = {level.name: [] for level in self.levels}
+        length = self.piece or inputs.shape[1]
+        for start in range(0, inputs.shape[1], length):
+            piece, wanted = inputs[:, start : start + length], targets[:, start : start + length]
+            out = functional_call(self.network, self.parameters(states), (piece, memory))
+            memory = out.state
+            losses.append(loss_per_token(objectives, out.y, wanted))
+            for level in self.levels:
+                pending[level.name].append(loss_per_token(level.objectives, out.y, wanted))
+                if (start + piece.shape[1]) % level.period == 0 and start + piece.shape[1] < inputs.shape[1]:
+                    states[level.name] = self._unrolled(level, states[level.name], torch.cat(pending[level.name], 1))
+                    pending[level.name] = []
+        return torch.cat(losses, 1)
+
+
+    def _unrolled(self, level: InnerLevel, state: InnerState, losses: Float[Tensor, "batch time"]) -> InnerState:
+        """The update on a period's losses, inside the outer graph; every `unroll` updates that graph is cut."""
+        fast = list(state.fast.values())
+        gradients = torch.autograd.grad(losses.mean(), fast, create_graph=True, materialize_grads=True)
+        state = self.apply(level, state, list(gradients))
+        cut = level.unroll is not None and state.updates % level.unroll == 0
+        return leaf_state(state) if cut else state
+
+
+def leaf_state(state: InnerState) -> InnerState:
+    """The same numbers, cut from the graph that made them: weights and optimizer state together."""
+    fast = {name: value.detach().requires_grad_() for name, value in state.fast.items()}
+    return state._replace(fast=fast, optimizer=torchopt.pytree.tree_map(_detach, state.optimizer))
+
+
+def _detach(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _direction(optimizer: OptimizerConfig) -> Any:
+    """The optimizer at rate 1 as torchopt's pair `init / update`: the step that a rate multiplies."""
+    if optimizer.name == "sgd":
+        return torchopt.sgd(lr=1.0, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
+    make = torchopt.adam if optimizer.name == "adam" else torchopt.adamw
+    return make(lr=1.0, betas=optimizer.betas, weight_decay=optimizer.weight_decay, eps_root=1e-16)
+
+
+# ------------------------------------------------------------------------------------------------- step levels
+
+
+class OuterLevels:
+    """The step levels of a config: each owns slow weights, has an objective, an optimizer and a period."""
+
+    def __init__(self, config: Config, network: nn.Module) -> None:
+        parameters = dict(network.named_parameters())
+        owned, objectives = ownership(parameters, config.hierarchy), resolve_objectives(config)
+        self.levels = [level for level in config.hierarchy.levels if level.clock == "step"]
+        self.parameters = {level.name: [parameters[name] for name in owned[level.name]] for level in self.levels}
+        self.objectives = {level.name: objectives[level.name] for level in self.levels}
+        self.optimizers = {level.name: _optimizer(level, self.parameters[level.name]) for level in self.levels}
+
+    def distinct(self) -> Iterator[tuple[Objectives, list[LevelConfig]]]:
+        """The distinct objectives, with the levels that have each."""
+        groups: dict[tuple, list[LevelConfig]] = {}
+        for level in self.levels:
+            groups.setdefault(tuple(self.objectives[level.name].items()), []).append(level)
+        for key, levels in groups.items():
+            yield dict(key), levels
+
+    def backward(self, loss: Callable[[Objectives], Tensor]) -> dict[str, float]:
+        """Adds to every level's gradient that of its own objective; gives the loss per level."""
+        values = {}
+        groups = [(loss(objectives), levels) for objectives, levels in self.distinct()]
+        for index, (value, levels) in enumerate(groups):
+            mine = [p for level in levels for p in self.parameters[level.name] if p.requires_grad]
+            gradients = torch.autograd.grad(value, mine, retain_graph=index + 1 < len(groups), allow_unused=True)
+            for parameter, gradient in zip(mine, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            values.update({level.name: float(value.detach()) for level in levels})
+        return values
+
+    def step(self, step: int, scale: float, clip: float | None) -> dict[str, float]:
+        """After outer step `step` (from 1): every level whose period ends here takes its optimizer's step on the mean
+        gradient of its period, the rate times `scale`; gives the gradient norm of each that did."""
+        norms = {}
+        for level in self.levels:
+            if step % level.period:
+                continue
+            parameters, optimizer = self.parameters[level.name], self.optimizers[level.name]
+            if level.period > 1:
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad /= level.period
+            norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
+            norms[level.name] = float(norm)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norms
+
+
+def _optimizer(level: LevelConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The level's torch optimizer. Weight decay takes matrices only: a gain or a bias has no reason to be small."""
+    settings = level.optimizer
+    assert settings is not None and not isinstance(settings.lr, str)
+    decay = settings.weight_decay
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [{**group, "initial_lr": settings.lr} for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    make = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return make(groups, lr=settings.lr, betas=settings.betas)

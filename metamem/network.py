@@ -1,0 +1,219 @@
+"""Network: a graph of modules, built from the `network:` part of a config, with one state for all of them.
+
+    modules:      name -> kind and options (`metamem.registry.MODULES`); kind `network` nests, `repeat` stacks copies
+    connections:  {from: a, to: b}, or several sources joined `by` concat, sum or gate; `in` and `out` are the ends
+
+A name that only connections use is a junction: it passes on what was joined there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import metamem.attention
+import metamem.layers
+from metamem.config import Config, NetworkConfig, Where, network_config
+from metamem.config.schema import ConnectionConfig
+from metamem.globs import matches
+from metamem.hierarchy import learned_rates, token_levels
+from metamem.memory.base import Out
+from metamem.memory.fast_weights import FastWeights
+from metamem.memory.level import TokenLevel
+from metamem.registry import MODULES
+from metamem.state import State, Stateful
+
+MODULES.register("fast_weights")(FastWeights)
+
+
+def build(config: Config) -> Network:
+    """The network of a config, each memory with the token levels that address it.
+
+    Raises ConfigError for dims that do not meet, a cycle, a module kind or option that does not exist, and a token
+    level that no memory has.
+    """
+    torch.manual_seed(config.seed)
+    network = _Builder(config).network(config.network, "")
+    used = {level.name for module in network.modules() if isinstance(module, FastWeights) for level in module.levels}
+    for level in config.hierarchy.levels:
+        if level.clock == "token" and level.name not in used:
+            raise (level.where / "groups").error(f"no memory's weights are in the groups of the token level {level.name!r}")
+    if rates := learned_rates(config, network):
+        network.add_module("inner_rates", rates)
+    return network
+
+
+class Gate(nn.Module):
+    """g ⊙ a + (1 − g) ⊙ b with g = σ([a, b] W + bias)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(2 * dim, dim)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(
+        self, a: Float[Tensor, "batch time dim"], b: Float[Tensor, "batch time dim"]
+    ) -> Float[Tensor, "batch time dim"]:
+        """The gated mean of a and b."""
+        gate = torch.sigmoid(self.project(torch.cat([a, b], -1)))
+        return gate * a + (1 - gate) * b
+
+
+class Network(Stateful):
+    """Modules and the connections between them, run in an order in which every input is there."""
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], connections: Sequence[ConnectionConfig], dim_in: int | None = None
+    ) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.names = tuple(modules)
+        self.steps = tuple(_ordered(connections))
+        self.dim_in, self.dim_out = dim_in, None
+        self._meet({"in": dim_in})
+
+    def init_state(self, batch: int) -> State:
+        """The states of the stateful modules, by name."""
+        children = ((name, getattr(self, name)) for name in self.names)
+        return {name: module.init_state(batch) for name, module in children if isinstance(module, Stateful)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> Out:
+        """Runs the graph on `in` = x; aux: what the modules measured, by path."""
+        values, after, aux = {"in": x}, {}, {}
+        for step in self.steps:
+            value = self._join(step, [values[source] for source in step.source])
+            if step.to in self.names:
+                module = getattr(self, step.to)
+                if isinstance(module, Stateful):
+                    value, after[step.to], *rest = module(value, None if state is None else state[step.to])
+                    aux.update({f"{step.to}.{key}": item for part in rest for key, item in part.items()})
+                else:
+                    value = module(value)
+            values[step.to] = value
+        return Out(values["out"], after, aux)
+
+    def _join(self, step: ConnectionConfig, sources: list[Tensor]) -> Tensor:
+        if step.by == "gate":
+            return getattr(self, f"{step.to}_gate")(*sources)
+        if step.by == "concat":
+            return torch.cat(sources, -1)
+        return sources[0] if len(sources) == 1 else torch.stack(sources).sum(0)
+
+    def _meet(self, dims: dict[str, int | None]) -> None:
+        """Follows the dims through the graph, and makes the gates, whose dim is known only now."""
+        for step in self.steps:
+            sources = {source: dims[source] for source in step.source}
+            known = {source: dim for source, dim in sources.items() if dim is not None}
+            joined = " + ".join(f"{source} ({dim})" for source, dim in sources.items())
+            if step.by in ("sum", "gate") and len(set(known.values())) > 1:
+                raise (step.where / "from").error(f"cannot {step.by} {joined}: the dims differ")
+            dim = sum(known.values()) if step.by == "concat" else next(iter(known.values()), None)
+            if step.by == "gate":
+                if len(step.source) != 2 or dim is None:
+                    raise (step.where / "by").error(f"gate takes two sources of a known dim, not {joined}")
+                self.add_module(f"{step.to}_gate", Gate(dim))
+            if step.to in self.names:
+                module = getattr(self, step.to)
+                wanted = getattr(module, "dim_in", None)
+                if wanted is not None and dim is not None and wanted != dim:
+                    raise (step.where / "to").error(f"{joined} has dim {dim}, and {step.to!r} takes {wanted}")
+                dim = getattr(module, "dim_out", dim)
+            dims[step.to] = dim
+        self.dim_out = dims["out"]
+
+
+class Repeat(Stateful):
+    """Copies of a network one after the other, named by number, each with its own weights and state."""
+
+    def __init__(self, networks: Sequence[Network]) -> None:
+        super().__init__()
+        for index, network in enumerate(networks):
+            self.add_module(str(index), network)
+        self.count = len(networks)
+        self.dim_in, self.dim_out = networks[0].dim_in, networks[-1].dim_out
+
+    def init_state(self, batch: int) -> State:
+        """The copies' states, by number."""
+        return {str(index): getattr(self, str(index)).init_state(batch) for index in range(self.count)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> Out:
+        """The copies, one after the other."""
+        after, aux = {}, {}
+        for index in map(str, range(self.count)):
+            x, after[index], measured = getattr(self, index)(x, None if state is None else state[index])
+            aux.update({f"{index}.{key}": item for key, item in measured.items()})
+        return Out(x, after, aux)
+
+
+@MODULES.register("network")
+def _nested(modules: dict[str, Any], connections: list[Any], repeat: int | None = None) -> nn.Module:
+    """A graph within a graph; `repeat` copies of it, one after the other. Built by `build`, which knows its place."""
+    raise NotImplementedError
+
+
+class _Builder:
+    """Builds modules top down; a memory's path decides which token levels it has."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.levels = token_levels(config)
+
+    def network(self, graph: NetworkConfig, path: str) -> Network:
+        modules: dict[str, nn.Module] = {}
+        for name, options in graph.modules.items():
+            where = graph.where.at("modules", name)
+            if hasattr(Network, name):
+                raise where.error(f"{name!r} is a name that torch modules use; choose another")
+            modules[name] = self.module(dict(options), where, f"{path}{name}")
+        return Network(modules, graph.connections)
+
+    def module(self, options: dict[str, Any], where: Where, path: str) -> nn.Module:
+        kind = options.pop("kind")
+        if kind != "network":
+            return MODULES.build(kind, options, where, levels=self.levels_at(path))
+        options = MODULES.check(kind, options, where)
+        graph, repeat = network_config(options, where), options.get("repeat")
+        if repeat is None:
+            return self.network(graph, f"{path}.")
+        if repeat < 1:
+            raise (where / "repeat").error(f"must be at least 1, not {repeat}")
+        return Repeat([self.network(graph, f"{path}.{index}.") for index in range(repeat)])
+
+    def levels_at(self, path: str) -> list[TokenLevel]:
+        """The token levels with a group that matches the initial weights of a memory at this path."""
+        groups = self.config.hierarchy.groups
+        return [
+            level
+            for config, level in self.levels
+            if any(matches(glob, f"{path}.init.0") for group in config.groups for glob in groups[group].match)
+        ]
+
+
+def _ordered(connections: Sequence[ConnectionConfig]) -> list[ConnectionConfig]:
+    """Connections in an order in which every source is there (Kahn); a ConfigError that prints the cycle if none is."""
+    ordered: list[ConnectionConfig] = []
+    there, left = {"in"}, list(connections)
+    while left:
+        ready = [step for step in left if there.issuperset(step.source)]
+        if not ready:
+            raise left[0].where.error(f"the connections form a cycle: {_cycle(left)}")
+        ordered += ready
+        there |= {step.to for step in ready}
+        left = [step for step in left if step not in ready]
+    return ordered
+
+
+def _cycle(left: Sequence[ConnectionConfig]) -> str:
+    """One cycle among connections that all wait for one another, as `a -> b -> a`."""
+    waits = {step.to: next(source for source in step.source if any(source == other.to for other in left)) for step in left}
+    path = [left[0].to]
+    while waits[path[-1]] not in path:
+        path.append(waits[path[-1]])
+    start = path.index(waits[path[-1]])
+    return " -> ".join(reversed([*path[start:], path[start]]))

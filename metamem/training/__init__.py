@@ -1,0 +1,18 @@
+"""Meta-training: `train(config)`, its run folders and checkpoints."""
+
+from metamem.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from metamem.training.loop import Diverged, Progress, Trained, build_task, train
+from metamem.training.run_folder import create_run, run_config
+
+__all__ = [
+    "train",
+    "build_task",
+    "Trained",
+    "Progress",
+    "Diverged",
+    "save_checkpoint",
+    "load_checkpoint",
+    "CheckpointError",
+    "create_run",
+    "run_config",
+]

@@ -1,0 +1,155 @@
+"""Meta-training: the outer loop over a config's step levels, through the inner updates of its other levels."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import metamem.tasks  # noqa: F401  (fills the registry)
+from metamem.config import Config, UserError
+from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, loss_per_token
+from metamem.memory.signals import Objectives
+from metamem.network import Network, build
+from metamem.registry import TASKS
+from metamem.training.checkpoint import save_checkpoint
+from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, create_run
+
+LAST_RATE = 0.05  # of a cosine schedule, as a share of the rate
+
+
+class Diverged(UserError):
+    """A loss or gradient that is not finite; the checkpoint before it stays."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One outer step, for a progress bar: loss in nats per token of each step level, tokens per second so far."""
+
+    step: int
+    steps: int
+    losses: dict[str, float]
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished (or interrupted) training: the model, its run folder, the last completed step, the seconds."""
+
+    model: Network
+    folder: Path
+    step: int
+    seconds: float
+    interrupted: bool
+
+
+def build_task(config: Config) -> Any:
+    """The task of a config, its texts read."""
+    options = {key: value for key, value in config.task.items() if key != "name"}
+    return TASKS.build(config.task["name"], options, config.where / "task")
+
+
+def train(
+    config: Config, root: Path = Path("runs"), task: Any = None, progress: Callable[[Progress], None] | None = None
+) -> Trained:
+    """Meta-trains the model of a config and leaves config, metrics and checkpoint in a new run folder.
+
+    Everything that can be wrong with the config is found before the folder is made. Ctrl-C ends the training after
+    the step that it falls in, and leaves a checkpoint of it. Raises Diverged where a loss or gradient is not finite.
+    """
+    settings = config.training
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    task = build_task(config) if task is None else task
+    model = build(config)
+    outer = OuterLevels(config, model)
+    forward = _losses(config, model)
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = (task.sample(generator, settings.batch, settings.length) for _ in range(settings.steps))
+    first = next(batches)
+
+    folder = create_run(config, root)
+    metrics, started = Metrics(folder / METRICS), time.perf_counter()
+    step, saved = 0, 0
+    with _interruptible() as interrupted:
+        for step, (inputs, targets) in enumerate(_chain(first, batches), start=1):
+            losses = outer.backward(lambda objectives, x=inputs, y=targets: forward(objectives, x, y))
+            _check_finite(losses, step, folder, saved, "loss")
+            norms = outer.step(step, _schedule(config, step), settings.gradient_clip)
+            seconds = time.perf_counter() - started
+            rate = step * inputs.numel() / seconds
+            if step % settings.log_every == 0 or step == settings.steps:
+                row = {f"loss/{name}": loss for name, loss in losses.items()}
+                row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+                metrics.log(kind="train", step=step, seconds=round(seconds, 3), tokens_per_second=round(rate), **row)
+            if progress is not None:
+                progress(Progress(step, settings.steps, losses, rate))
+            if interrupted or step == settings.steps or step % settings.checkpoint_every == 0:
+                save_checkpoint(model, config, step, folder / CHECKPOINT)
+                saved = step
+            if interrupted:
+                break
+    metrics.close()
+    return Trained(model, folder, step, time.perf_counter() - started, bool(interrupted))
+
+
+def _losses(config: Config, model: Network) -> Callable[[Objectives, Tensor, Tensor], Tensor]:
+    """The mean outer loss of a batch, through the inner levels where there are any."""
+    levels = inner_levels(config, model)
+    if levels:
+        loop = InnerLoop(model, levels)
+        return lambda objectives, x, y: loop.run(x, y, objectives).mean()
+    forward: nn.Module | Callable[..., Any] = torch.compile(model, fullgraph=True) if config.training.compile else model
+    return lambda objectives, x, y: loss_per_token(objectives, forward(x).y, y).mean()
+
+
+def _schedule(config: Config, step: int) -> float:
+    """The share of its rate that a step level uses at an outer step."""
+    settings = config.training
+    warm = min(1.0, step / settings.warmup) if settings.warmup else 1.0
+    if settings.schedule == "constant":
+        return warm
+    return warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+
+
+def _check_finite(values: dict[str, float], step: int, folder: Path, saved: int, what: str) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            kept = f"the checkpoint of step {saved} stays in {folder}" if saved else "no checkpoint was made yet"
+            raise Diverged(
+                f"step {step}: the {what} of level {name!r} is {value}; {kept}; lower the level's lr, or gradient_clip"
+            )
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Ctrl-C fills the list instead of raising, so that a step is never left half done; a second one raises."""
+    pressed: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread: Ctrl-C is somebody else's
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
