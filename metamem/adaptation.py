@@ -1,6 +1,6 @@
 """Test-time adaptation: a session reads a stream and goes on learning from it.
 
-    session = Session(model, inner_levels(config, model))
+    session = Session(model, config)
     observed = session.observe(tokens)        # the loss of every token given all before it; then it may learn
 
 What learns is what the levels say: token levels write the memories, inner levels move the parameters that they name
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchopt
@@ -22,14 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
-from metamem.config import UserError
-from metamem.hierarchy import InnerLevel, InnerLoop, InnerState, leaf_state, loss_per_token
+from metamem.config import Config, UserError, resolve_objectives
+from metamem.hierarchy import InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
 from metamem.memory.fast_weights import FastWeights
 from metamem.network import Network
 from metamem.state import State, check_like, load_state, save_state, state_bytes, tree_map
-
-Objectives = dict[Any, float]
-
 
 @dataclass(frozen=True)
 class Observed:
@@ -47,26 +43,29 @@ class Observed:
 class Session:
     """A model on a stream.
 
-    - `levels`    the inner levels that move parameters; none for a model whose weights stay
-    - `writing`   whether memories write; False reads W_init for ever
+    - `config`        its inner levels say which parameters move, its first step level what a token's loss is
+    - `inner`         whether inner levels move parameters
+    - `writing`       whether memories write; switched off, they recall their initial weights for ever
     - `reset_every`   tokens after which the memories start anew; None never
+    - `batch`         streams read side by side; inner levels move one set of parameters by the mean of all
 
-    The first token of a stream is predicted by no context: it costs log(vocabulary).
+    The first token of a stream has no context: it costs log(vocabulary).
     """
 
     def __init__(
         self,
         model: Network,
-        objectives: Objectives,
-        levels: Sequence[InnerLevel] = (),
+        config: Config,
+        *,
+        inner: bool = True,
         writing: bool = True,
         reset_every: int | None = None,
         batch: int = 1,
-        rate_scale: float = 1.0,
     ) -> None:
-        self.model, self.objectives, self.writing, self.reset_every = model, objectives, writing, reset_every
-        self.loop = InnerLoop(model, list(levels), rate_scale)
-        self.batch = batch
+        self.model, self.writing, self.reset_every, self.batch = model, writing, reset_every, batch
+        task = next(level.name for level in config.hierarchy.levels if level.clock == "step")
+        self.objectives = resolve_objectives(config)[task]
+        self.loop = InnerLoop(model, inner_levels(config, model) if inner else [])
         self.reset()
 
     def reset(self) -> None:
@@ -124,7 +123,7 @@ class Session:
             self.state, self.last = self.model.init_state(self.batch), None
         inputs = piece[:, :-1] if self.last is None else torch.cat([self.last, piece[:, :-1]], 1)
         targets = piece[:, 1:] if self.last is None else piece
-        first = [torch.full((piece.shape[0], 1), math.log(self.model_vocabulary))] if self.last is None else []
+        first = [torch.full((piece.shape[0], 1), math.log(self.model.dim_out or 1))] if self.last is None else []
         if inputs.shape[1] == 0:
             losses, after, grads = torch.cat(first, 1), self.state, {}
         else:
@@ -162,12 +161,6 @@ class Session:
                 self.inner[level.name] = leaf_state(self.loop.apply(level, self.inner[level.name], mean))
                 made += 1
         return made
-
-    @property
-    def model_vocabulary(self) -> int:
-        """How many tokens the model tells apart."""
-        assert self.model.dim_out is not None
-        return self.model.dim_out
 
     def _carried(self) -> State:
         levels: State = {}

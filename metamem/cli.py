@@ -1,4 +1,4 @@
-"""The command line: `metamem check CONFIG [key=value ...]`, `metamem schema`."""
+"""The command line: `metamem train`, `metamem adapt`, `metamem check`, `metamem schema`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides: training.steps=20")]
 
-USER_ERROR = 2  # exit code
+USER_ERROR = 2  # exit codes
+INTERRUPTED = 130
 
 
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,6 +66,56 @@ def load_checked(path: Path, overrides: list[str] | None) -> Config:
     check_options(config)
     resolve_objectives(config)
     return config
+
+
+@app.command()
+@user_errors
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    runs: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
+) -> None:
+    """Meta-train a config's model. Ctrl-C ends it after the step it falls in, with a checkpoint of that step."""
+    resolved = load_checked(config, overrides)
+    from metamem.progress import training_bar
+    from metamem.training import train as run_training
+
+    with training_bar() as show:
+        trained = run_training(resolved, runs, progress=show)
+    if trained.interrupted:
+        typer.echo(f"interrupted: {trained.folder} holds the checkpoint of step {trained.step}", err=True)
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; adapt it with: "
+               f"metamem adapt {trained.folder} --input FILE")
+
+
+@app.command()
+@user_errors
+def adapt(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    text: Annotated[Path, typer.Option("--input", metavar="PATH", help="A UTF-8 file or a folder of them.")],
+    frozen: Annotated[bool, typer.Option("--frozen", help="Nothing learns: no memory is written.")] = False,
+    load_state: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from a saved session.")] = None,
+    save_state: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the session at the end.")] = None,
+) -> None:
+    """Stream a text through a trained model that goes on learning from it; prints bits per byte along the way."""
+    from metamem.adaptation import Session
+    from metamem.progress import stream_table
+    from metamem.tasks import load_text
+    from metamem.training import load_run
+
+    register_shipped()
+    model, config = load_run(run)
+    stream = load_text(text)
+    session = Session(model, config, inner=not frozen, writing=not frozen)
+    if load_state is not None:
+        session.load(load_state)
+    stopped = stream_table(session, stream, "frozen" if frozen else "adapting")
+    if save_state is not None:
+        session.save(save_state)
+        typer.echo(f"the session is saved in {save_state}")
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -110,8 +110,8 @@ class InnerLoop:
     tokens, mean over tokens and rows. Reads between see the weights of the last boundary.
     """
 
-    def __init__(self, network: nn.Module, levels: list[InnerLevel], rate_scale: float = 1.0) -> None:
-        self.network, self.levels, self.rate_scale = network, levels, rate_scale
+    def __init__(self, network: nn.Module, levels: Sequence[InnerLevel]) -> None:
+        self.network, self.levels = network, tuple(levels)
         self.transforms = {level.name: _direction(level.optimizer) for level in levels}
         periods = sorted({level.period for level in levels})
         if any(slow % periods[0] for slow in periods):
@@ -135,8 +135,8 @@ class InnerLoop:
         """One rate per parameter tensor."""
         if level.optimizer.lr == "learned":
             learned = self.network.get_parameter(f"inner_rates.{level.name}")
-            return [rate * self.rate_scale for rate in learned.exp().unbind()]
-        return [level.optimizer.lr * self.rate_scale] * len(level.members)
+            return list(learned.exp().unbind())
+        return [level.optimizer.lr] * len(level.members)
 
     def apply(self, level: InnerLevel, state: InnerState, gradients: list[Tensor]) -> InnerState:
         """One inner update: `θ ← θ − rate · step(gradient)`, differentiable in the gradients and the rates."""

@@ -22,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metamem.config.errors import UserError
+
 State: TypeAlias = dict[str, Any]  # dict[str, Tensor | State]; a TypedDict per memory says which keys
 
 
-class StateError(ValueError):
+class StateError(UserError):
     """A state that does not fit: unreadable, or of another model."""
 
 
@@ -108,11 +110,10 @@ def unflatten(flat: dict[str, Tensor | None]) -> State:
 def save_state(state: State, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a state as safetensors, whole or not at all (a temporary file, then a rename)."""
     flat = flatten(state)
-    empty = json.dumps([key for key, value in flat.items() if value is None])
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in flat.items() if value is not None}
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, metadata={**(metadata or {}), "empty": empty})
+    save_file(tensors, partial, metadata={**(metadata or {}), "keys": json.dumps(list(flat))})
     partial.replace(path)
 
 
@@ -121,11 +122,12 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = cast(dict[str, str], dict(file.metadata() or {}))
-            flat: dict[str, Tensor | None] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            flat.update(dict.fromkeys(json.loads(metadata.pop("empty"))))
+            there = set(file.keys())  # safetensors sorts them: the order, and empty dicts, are in the metadata
+            keys = json.loads(metadata.pop("keys"))
+            flat: dict[str, Tensor | None] = {key: file.get_tensor(key) if key in there else None for key in keys}
     except FileNotFoundError:
         raise StateError(f"{path}: no such state file; write one with --save-state") from None
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
         raise StateError(f"{path}: not a readable state file ({error}); it is truncated or not metamem's") from None
     return unflatten(flat), metadata
 
@@ -133,7 +135,7 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
 def check_like(state: State, expected: State, where: str) -> None:
     """Raises StateError at the first key or shape in which `state` differs from `expected`."""
     have, want = flatten(state), flatten(expected)
-    for key in want.keys() ^ have.keys():
+    for key in sorted(want.keys() ^ have.keys()):
         side = "lacks" if key in want else "has an unexpected"
         raise StateError(f"{where}: the state {side} {key!r}: it is of another model")
     for key, tensor in want.items():

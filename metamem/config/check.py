@@ -127,7 +127,9 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
                 f"a token level changes fast weights, but the group {group!r} has the scope 'meta' (sample, stream)"
             )
     if level.clock == "step" and level.unroll is not None:
-        raise (where / "unroll").error("is for token and inner levels: no gradient flows through outer steps")
+        raise (where / "unroll").error("is for inner levels: no gradient flows through outer steps")
+    if level.unroll == 0 and level.optimizer is not None and level.optimizer.lr == "learned":
+        raise where.at("optimizer", "lr").error("nothing learns this rate: with unroll 0 no outer gradient reaches it")
     if (optimizer := level.optimizer) is not None:
         if level.clock == "step" and optimizer.lr == "learned":
             raise where.at("optimizer", "lr").error("a step level's rate must be a number: no level learns it")

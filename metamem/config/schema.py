@@ -85,7 +85,11 @@ class OptimizerConfig(Located):
 
 @dataclass(frozen=True)
 class LevelConfig(Located):
-    """One timescale: which groups learn, from which objectives (dotted path: weight), by which rule, how often."""
+    """One timescale: which groups learn, from which objectives (dotted path: weight), by which rule, how often.
+
+    `unroll` is the number of inner updates that the outer gradient flows through before it is cut (null: all); 0 keeps
+    an inner level out of meta-training, for inference only.
+    """
 
     name: str
     clock: Clock
@@ -94,7 +98,7 @@ class LevelConfig(Located):
     period: Count = 1
     rule: RuleConfig | None = None
     optimizer: OptimizerConfig | None = None
-    unroll: Count | None = None
+    unroll: Whole | None = None
 
 
 @dataclass(frozen=True)

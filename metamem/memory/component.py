@@ -79,9 +79,9 @@ def from_state(state: LevelState) -> Component:
     """A state as a component."""
     momentum, total = state.get("momentum"), state.get("total")
     return Component(
-        list(state["delta"].values()),
-        None if momentum is None else list(momentum.values()),
-        None if total is None else list(total.values()),
+        in_order(state["delta"]),
+        None if momentum is None else in_order(momentum),
+        None if total is None else in_order(total),
         state.get("keep"),
     )
 
@@ -89,6 +89,11 @@ def from_state(state: LevelState) -> Component:
 def by_layer(tensors: Weights) -> dict[str, Tensor]:
     """A list of tensors as a dict, keyed by the layer's number."""
     return {str(layer): tensor for layer, tensor in enumerate(tensors)}
+
+
+def in_order(layers: dict[str, Tensor]) -> Weights:
+    """The inverse of `by_layer`, whatever the order of the keys: a file has "10" before "2"."""
+    return [layers[str(layer)] for layer in range(len(layers))]
 
 
 def weights_now(init: Weights, components: Sequence[Component]) -> Weights:

@@ -50,7 +50,8 @@ def run(
     pieces = (x.unbind(2) for x in (keys, solved_keys, solved_values))
     plans = unstack(stacked, len(span.segments))
     for segment, step, key, solved_key, solved_value in zip(span.segments, plans, *pieces, strict=True):
-        seen.append(torch.cat([weights[0] for weights in term_weights(levels, init, components)], -2))
+        carried = (weights[0] for weights in term_weights(levels, init, components))
+        seen.append(torch.cat(torch.broadcast_tensors(*carried), -2))  # W_init alone has no batch
         errors.append(solved_key @ seen[-1] - solved_value)
         products = {name: Products([key], [scale * errors[-1]]) for name, scale in scales.items()}
         components = move(levels, segment, step, components, products)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from metamem.memory import chunkwise, delta_rule, recurrence
 from metamem.memory.base import Memory, Out
-from metamem.memory.component import LevelState, by_layer, fresh, from_state, to_state, weights_now
+from metamem.memory.component import LevelState, by_layer, fresh, from_state, in_order, to_state, weights_now
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
 from metamem.memory.reader import Reader
@@ -78,6 +78,7 @@ class FastWeights(Memory):
         self.dim_in = self.dim_out = dim
         self.signal_at, self.readers = signal_at, readers
         self.levels = tuple(levels)
+        self.writing = True  # switched off, a forward only reads (`metamem.adaptation.writing`)
         self.network = Network((d_key, *hidden, d_value), activation)
         check(self.network, self.levels, chunk, signal_at)
         self.writer = Writer(dim, heads, d_key, d_value, self.levels, writers)
@@ -96,13 +97,21 @@ class FastWeights(Memory):
     def forward(self, x: Float[Tensor, "batch tokens dim"], state: State | None = None) -> Out:
         """Writes each token, then reads it. aux: `surprise` [batch, tokens], the fastest level's objective before
         the write, mean over heads and writers."""
+        if state is not None and state["position"].shape[0] != x.shape[0]:  # one row would broadcast, silently
+            raise ValueError(f"the state has {state['position'].shape[0]} rows, the input {x.shape[0]}")
+        if not self.writing:
+            state = self.init_state(x.shape[0]) if state is None else state
+            return Out(*self.read(x, state), {})
         positions = [0] if state is None else self._positions(state)
         state = self.init_state(x.shape[0]) if state is None else state
+        if x.shape[1] == 0:
+            return Out(x.clone(), state, {"surprise": x.new_zeros(x.shape[:2])})
         with torch.autocast(x.device.type, enabled=False):
             init = self._init()
+            x = x.to(self.init[0].dtype)  # under autocast, a layer before may give less
             writes, queries = self.writer(x, init[0].dtype), self.reader.query(x, init[0].dtype)
             components = [from_state(state["levels"][level.name]) for level in self.levels]
-            anchor = list(state["anchor"].values()) if "anchor" in state else None
+            anchor = in_order(state["anchor"]) if "anchor" in state else None
             run = EXECUTORS[self.executor] or self._dual()
             reads, surprises = [], []
             for span in self._schedule(positions, x.shape[1]):
@@ -125,10 +134,11 @@ class FastWeights(Memory):
 
     def read(self, x: Float[Tensor, "batch tokens dim"], state: State) -> tuple[Tensor, State]:
         """What the weights of now hold for x; the state is unchanged."""
-        init = self._init()
-        weights = weights_now(init, [from_state(state["levels"][level.name]) for level in self.levels])
-        queries = self.reader.query(x, init[0].dtype)
-        recalled = self.network.forward(queries.flatten(2, 3), lambda layer, a: a @ weights[layer]).output
+        with torch.autocast(x.device.type, enabled=False):
+            init = self._init()
+            weights = weights_now(init, [from_state(state["levels"][level.name]) for level in self.levels])
+            queries = self.reader.query(x.to(self.init[0].dtype), init[0].dtype)
+            recalled = self.network.forward(queries.flatten(2, 3), lambda layer, a: a @ weights[layer]).output
         return self.reader(recalled.unflatten(2, queries.shape[2:4])), state
 
     def _init(self) -> Weights:

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-Tokens = Float[Tensor, "*batch tokens features"]
-Weights = list[Float[Tensor, "*batch d_in d_out"]]
+Tokens = Float[Tensor, "*batch tokens _features"]  # _: each layer has its own
+Weights = list[Float[Tensor, "*_batch _d_in _d_out"]]
 
 
 class Activation(NamedTuple):

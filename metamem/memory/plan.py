@@ -110,7 +110,7 @@ def _term(key: tuple[str, ...], shares: dict[str, tuple[Gate | None, Gate | None
         carry = shares[key[0]][1]
         assert carry is not None
         return Term(carry, gate_before(carry, 0.0))
-    keeps = [keep for name in key if (keep := shares[name][0]) is not None]
+    keeps = [keep for keep in (shares[name][0] for name in key) if keep is not None]
     share = torch.stack(keeps).prod(0) if len(keeps) > 1 else keeps[0]
     return Term(share, gate_before(share, 1.0))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 Rows = tuple[bool, ...]  # which rows of the batch; () for all of them
 
@@ -51,11 +50,17 @@ def schedule(positions: Sequence[int], time: int, chunk: int, periods: Mapping[s
         here = [position + start for position in positions]
         length = min(time - start, *(clock - position % clock for clock in clocks for position in here))
         there = [position + length for position in here]
-        fire = {name: rows for name, period in periods.items() if (rows := _rows(there, period)) is not None}
+        ends = {name: _rows(there, period) for name, period in periods.items()}
+        fire = {name: rows for name, rows in ends.items() if rows is not None}
         segments.append(Segment(start, length, _rows(here, chunk), fire))
         start += length
-    groups = [tuple(group) for _, group in groupby(segments, lambda segment: segment.length)]
-    return [Run(group[0].start, group[0].length, group) for group in groups]
+    runs: list[Run] = []
+    for segment in segments:
+        if runs and runs[-1].length == segment.length:
+            runs[-1] = Run(runs[-1].start, segment.length, (*runs[-1].segments, segment))
+        else:
+            runs.append(Run(segment.start, segment.length, (segment,)))
+    return runs
 
 
 def _rows(positions: Sequence[int], clock: int) -> Rows | None:

@@ -1,11 +1,12 @@
 """Meta-training: `train(config)`, its run folders and checkpoints."""
 
 from metamem.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from metamem.training.loop import Diverged, Progress, Trained, build_task, train
+from metamem.training.loop import Diverged, Progress, Trained, build_task, load_run, train
 from metamem.training.run_folder import create_run, run_config
 
 __all__ = [
     "train",
+    "load_run",
     "build_task",
     "Trained",
     "Progress",

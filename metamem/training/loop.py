@@ -20,8 +20,8 @@ from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, loss_per_tok
 from metamem.memory.signals import Objectives
 from metamem.network import Network, build
 from metamem.registry import TASKS
-from metamem.training.checkpoint import save_checkpoint
-from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, create_run
+from metamem.training.checkpoint import load_checkpoint, save_checkpoint
+from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, create_run, run_config
 
 LAST_RATE = 0.05  # of a cosine schedule, as a share of the rate
 
@@ -101,9 +101,17 @@ def train(
     return Trained(model, folder, step, time.perf_counter() - started, bool(interrupted))
 
 
+def load_run(folder: Path) -> tuple[Network, Config]:
+    """The model of a run with its last checkpoint's weights, and its config. Raises UserError for what is none."""
+    config = run_config(folder)
+    model = build(config)
+    load_checkpoint(model, config, folder / CHECKPOINT)
+    return model, config
+
+
 def _losses(config: Config, model: Network) -> Callable[[Objectives, Tensor, Tensor], Tensor]:
     """The mean outer loss of a batch, through the inner levels where there are any."""
-    levels = inner_levels(config, model)
+    levels = [level for level in inner_levels(config, model) if level.unroll != 0]
     if levels:
         loop = InnerLoop(model, levels)
         return lambda objectives, x, y: loop.run(x, y, objectives).mean()

@@ -1,0 +1,71 @@
+"""What a person sees while it works: a bar over training steps, a table along a stream."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import UInt8
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from metamem.adaptation import Session
+from metamem.training import Progress as Step
+
+ROWS = 16  # of a stream's table
+
+
+@contextmanager
+def training_bar() -> Iterator[Callable[[Step], None]]:
+    """A progress bar over outer steps on stderr: bits per token of the first level, tokens per second."""
+    columns = (
+        TextColumn("meta-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[bits]} bits/token, {task.fields[rate]} tokens/s,"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("train", total=None, bits="-", rate="-")
+
+        def show(step: Step) -> None:
+            bits = next(iter(step.losses.values())) / math.log(2)
+            rate = f"{step.tokens_per_second:,.0f}"
+            bar.update(task, total=step.steps, completed=step.step, bits=f"{bits:.3f}", rate=rate)
+
+        yield show
+
+
+def stream_table(session: Session, stream: UInt8[Tensor, "bytes"], title: str) -> bool:
+    """Feeds a stream to a session, a table growing as it goes; True where Ctrl-C stopped it (the session is whole)."""
+    table = Table(title=title, caption_justify="left")
+    for heading in ("bytes", "bits/byte", "so far", "updates", "bytes/s"):
+        table.add_column(heading, justify="right")
+    piece = session.loop.piece or 512
+    every = max(piece, math.ceil(len(stream) / ROWS / piece) * piece)
+    losses, updates, started, stopped = [], 0, time.perf_counter(), False
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    with Live(table, console=console, refresh_per_second=4):
+        try:
+            for start in range(0, len(stream), piece):
+                observed = session.observe(stream[None, start : start + piece].long())
+                losses.append(observed.losses)
+                updates += observed.updates
+                read = min(start + piece, len(stream))
+                if read % every == 0 or read == len(stream):
+                    here = torch.cat(losses, 1)[0] / math.log(2)
+                    rate = f"{read / (time.perf_counter() - started):,.0f}"
+                    last = here[-every:].mean()
+                    table.add_row(f"{read:,}", f"{last:.3f}", f"{here.mean():.3f}", str(updates), rate)
+        except KeyboardInterrupt:
+            stopped = True
+            table.caption = f"stopped after {session.position:,} bytes"
+    console.print(f"state: {session.state_bytes:,} bytes")
+    return stopped

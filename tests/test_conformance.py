@@ -1,0 +1,66 @@
+"""Every gate on every memory of the table in conformance.py; and, compiled, the same numbers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conformance import GATES, MEMORIES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_conformance(memory, gate):
+    entry = MEMORIES[memory]
+    if gate in entry.exempt:
+        pytest.skip(f"{memory} documents that it does not pass {gate}")
+    GATES[gate](entry)
+
+
+def test_every_exemption_names_a_gate():
+    assert {gate for entry in MEMORIES.values() for gate in entry.exempt} <= set(GATES)
+
+
+COMPILED = """
+import sys, torch
+from conformance import MEMORIES, gradients, tensors, tokens
+
+torch.set_num_threads(1)
+name, backend, length = sys.argv[1:]
+memory = MEMORIES[name].build(torch.float32)
+compiled = torch.compile(memory, fullgraph=True, backend=backend)
+x = tokens(2, int(length), torch.float32).requires_grad_()
+with torch.no_grad():  # a state enters a compiled memory at a boundary of its chunks and periods
+    state = memory(tokens(2, 8, torch.float32)).state
+results = []
+for run in (memory, compiled):
+    out = run(x, state)
+    results.append({**tensors(out), **{f"d {key}": value for key, value in gradients(memory, x, out).items()}})
+for key, expected in results[0].items():
+    torch.testing.assert_close(results[1][key], expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{key}: {text}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("memory", "backend", "length"),
+    [
+        pytest.param("delta", "inductor", 4, id="delta-inductor"),
+        pytest.param("delta-two-levels", "aot_eager", 11, id="delta-two-levels-graph"),
+        pytest.param("titans-like", "aot_eager", 11, id="titans-like-graph"),
+        pytest.param("titans-like", "inductor", 4, id="titans-like-inductor", marks=pytest.mark.slow),
+        pytest.param(
+            "gated-delta-momentum", "inductor", 11, id="gated-delta-momentum-inductor", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_compiled_in_one_graph_it_gives_the_same_numbers(memory, backend, length):
+    """Forward and backward, `fullgraph=True`; `aot_eager` takes the same two graphs, without the wait for a C++
+    compiler. In a process of its own: torch.compile cannot see through jaxtyping."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "JAXTYPING_DISABLE": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", COMPILED, memory, backend, str(length)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
