@@ -202,7 +202,7 @@ def naive(memory, x):
     for name, level in levels.items():
         entry = {"delta": delta[name]}
         entry |= {"momentum": momentum[name]} if level.has_momentum else {}
-        entry |= {"total": total[name]} if level.period > 1 else {}
+        entry |= {"pending": [-step for step in total[name]]} if level.period > 1 else {}
         tree["levels"][name] = {
             key: {str(i): tensor[None, None] for i, tensor in enumerate(tensors)} for key, tensors in entry.items()
         }

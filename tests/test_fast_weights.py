@@ -92,9 +92,9 @@ def test_the_state_has_the_keys_and_shapes_of_its_typed_dict(signal_at):
         **layers("levels/plain/delta"),
         **layers("levels/slow/delta"),
         **layers("levels/slow/momentum"),
-        **layers("levels/slow/total"),
+        **layers("levels/slow/pending"),
         **layers("levels/slower/delta"),
-        **layers("levels/slower/total"),
+        **layers("levels/slower/pending"),
         "levels/slower/keep": (2, 2),
         **(layers("anchor") if signal_at == "chunk" else {}),
     }
@@ -157,12 +157,12 @@ def test_a_slow_level_moves_at_its_boundary_only():
     for tokens in range(1, 18):
         level = memory(x[:, :tokens]).state["levels"]["slow"]
         deltas.append(level["delta"]["0"])
-        totals.append(level["total"]["0"].abs().sum())
+        totals.append(level["pending"]["0"].abs().sum())
     moved = [t + 1 for t in range(1, 17) if not torch.equal(deltas[t], deltas[t - 1])]
     assert moved == [8, 16]
     assert [t + 1 for t in range(17) if totals[t] == 0] == [8, 16]
     torch.testing.assert_close(
-        deltas[7], -memory(x[:, :7]).state["levels"]["slow"]["total"]["0"] + _last_write(memory, x)
+        deltas[7], memory(x[:, :7]).state["levels"]["slow"]["pending"]["0"] + _last_write(memory, x)
     )
 
 

@@ -8,14 +8,22 @@ import torch
 from torch import Tensor
 
 from metamem.memory import signals
-from metamem.memory.component import Component, Products, accumulate, advance, fire, term_weights, weights_now
+from metamem.memory.component import (
+    Component,
+    Products,
+    accumulate,
+    advance,
+    choose_weights,
+    fire,
+    term_weights,
+    weights_now,
+)
 from metamem.memory.dual import local_read
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
 from metamem.memory.plan import Key, Plan, cut, objective_key, plan, unstack
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
-from metamem.state import align
 
 Carried = tuple[Tensor, Tensor, list[Component], Weights | None]
 
@@ -26,24 +34,33 @@ def run(
     span: Run,
     writes: Writes,
     queries: Tensor,
-    init: Weights,
+    init: Weights | None,
     components: list[Component],
     anchor: Weights | None,
+    chunk: int,
 ) -> Carried:
     """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], and what is carried."""
     reads, surprises = [], []
     stacked = (cut(x, span).flatten(3, 4).unbind(2) for x in (writes.keys, writes.values, queries))
+    lagging = all(level.period > 1 and level.period % chunk == 0 for level in levels)
     plans = unstack(plan(levels, writes.gates, span), len(span.segments))
     for segment, step, keys, values, asked in zip(span.segments, plans, *stacked, strict=True):
         at = anchor = refresh(segment, anchor, init, components)
-        forward = network.forward(keys, lambda layer, a, at=at: a @ at[layer])
+        # Where no level moves inside a chunk, reads see the weights of the signals: one pass serves both.
+        together = torch.cat([keys, asked], -2) if lagging else keys
+        forward = network.forward(together, lambda layer, a, at=at: a @ at[layer])
+        if lagging:
+            forward, recalled = forward.split(keys.shape[-2])
+            reads.append(recalled.output)
         products = {}
         for level in levels:
             if (key := objective_key(level)) not in products:
                 error = signals.output_error(level.objectives, forward.output, values)
                 products[key] = Products(forward.inputs, network.backward(error, at, forward.preactivations))
         surprises.append(signals.value(levels[0].objectives, forward.output, values))
-        reads.append(read(network, step, asked, term_weights(levels, init, components), products, queries.shape[3]))
+        if not lagging:
+            carried = term_weights(levels, init, components)
+            reads.append(read(network, step, asked, carried, products, queries.shape[3]))
         components = move(levels, segment, step, components, products)
     read_out = torch.stack(reads, 2).unflatten(3, (span.length, -1)).flatten(2, 3)
     return read_out, torch.stack(surprises, 2).unflatten(3, (span.length, -1)).flatten(2, 3), components, anchor
@@ -96,12 +113,11 @@ def move(
     return moved
 
 
-def refresh(segment: Segment, anchor: Weights | None, init: Weights, components: list[Component]) -> Weights:
+def refresh(segment: Segment, anchor: Weights | None, init: Weights | None, components: list[Component]) -> Weights:
     """The weights at which signals are computed: those of now, for rows that begin a chunk."""
     if segment.refresh is None and anchor is not None:
         return anchor
     now = weights_now(init, components)
     if not segment.refresh or anchor is None:
         return now
-    rows = torch.tensor(segment.refresh)
-    return [torch.where(align(rows, a), a, b) for a, b in zip(now, anchor, strict=True)]
+    return choose_weights(torch.tensor(segment.refresh), now, anchor)

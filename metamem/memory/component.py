@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metamem.memory.decay import decay_add
 from metamem.memory.dual import outer_sum
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Weights
@@ -28,17 +29,17 @@ class LevelState(TypedDict, total=False):
 
     delta: dict[str, Tensor]
     momentum: dict[str, Tensor]
-    total: dict[str, Tensor]
+    pending: dict[str, Tensor]
     keep: Float[Tensor, "batch heads"]
 
 
 class Component(NamedTuple):
-    """One level's part of the fast weights: Δ and S per layer, the running sum of a level of period P, and the
-    share of W_init that is left (`forget_to: zero`)."""
+    """One level's part of the fast weights: Δ and S per layer; the step `−Σ η in ⊗ δ` that a level of period P has
+    gathered since its last boundary (None for nothing yet); the share of W_init that is left (`forget_to: zero`)."""
 
     delta: Weights
     momentum: Weights | None
-    total: Weights | None
+    pending: Weights | None
     keep: Float[Tensor, "batch heads"] | None
 
 
@@ -49,27 +50,29 @@ class Products(NamedTuple):
     signals: list[Float[Tensor, "batch heads writes d_out"]]
 
 
-def fresh(level: TokenLevel, init: Weights, batch: int) -> Component:
-    """A component before any write."""
+def fresh_state(level: TokenLevel, init: Weights, batch: int) -> LevelState:
+    """A component's state before any write."""
 
-    def zeros() -> Weights:
-        return [weight.new_zeros(batch, *weight.shape) for weight in init]
+    def zeros() -> dict[str, Tensor]:
+        return by_layer([weight.new_zeros(batch, *weight.shape) for weight in init])
 
-    return Component(
-        zeros(),
-        zeros() if level.has_momentum else None,
-        zeros() if level.period > 1 else None,
-        init[0].new_ones(batch, init[0].shape[0]) if level.forgets_init else None,
-    )
+    state: LevelState = {"delta": zeros()}
+    if level.has_momentum:
+        state["momentum"] = zeros()
+    if level.period > 1:
+        state["pending"] = zeros()
+    if level.forgets_init:
+        state["keep"] = init[0].new_ones(batch, init[0].shape[0])
+    return state
 
 
-def to_state(component: Component) -> LevelState:
+def to_state(level: TokenLevel, component: Component) -> LevelState:
     """A component as a state."""
     state: LevelState = {"delta": by_layer(component.delta)}
     if component.momentum is not None:
         state["momentum"] = by_layer(component.momentum)
-    if component.total is not None:
-        state["total"] = by_layer(component.total)
+    if level.period > 1:
+        state["pending"] = by_layer(component.pending or [torch.zeros_like(delta) for delta in component.delta])
     if component.keep is not None:
         state["keep"] = component.keep
     return state
@@ -77,11 +80,11 @@ def to_state(component: Component) -> LevelState:
 
 def from_state(state: LevelState) -> Component:
     """A state as a component."""
-    momentum, total = state.get("momentum"), state.get("total")
+    momentum, pending = state.get("momentum"), state.get("pending")
     return Component(
         in_order(state["delta"]),
         None if momentum is None else in_order(momentum),
-        None if total is None else in_order(total),
+        None if pending is None else in_order(pending),
         state.get("keep"),
     )
 
@@ -96,86 +99,136 @@ def in_order(layers: dict[str, Tensor]) -> Weights:
     return [layers[str(layer)] for layer in range(len(layers))]
 
 
-def weights_now(init: Weights, components: Sequence[Component]) -> Weights:
+def fold(
+    levels: Sequence[TokenLevel], init: Weights, components: Sequence[Component]
+) -> tuple[Weights | None, list[Component]]:
+    """W_init folded into the component that fades with it, where there is one: `Δ + keep W_init` then obeys the same
+    recurrence as Δ, and nothing adds W_init up again at every segment. None is left of W_init; else it is untouched."""
+    host = _host(levels)
+    if host is None:
+        return init, list(components)
+    folded = list(components)
+    folded[host] = _shift(folded[host], init, 1.0)
+    return None, folded
+
+
+def unfold(levels: Sequence[TokenLevel], init: Weights, components: Sequence[Component]) -> list[Component]:
+    """The inverse of `fold`."""
+    host = _host(levels)
+    unfolded = list(components)
+    if host is not None:
+        unfolded[host] = _shift(unfolded[host], init, -1.0)
+    return unfolded
+
+
+def _host(levels: Sequence[TokenLevel]) -> int | None:
+    """The level whose Δ fades as W_init does: the only one that forgets W_init, or one that forgets nothing."""
+    forgetting = [index for index, level in enumerate(levels) if level.forgets_init]
+    if len(forgetting) > 1:
+        return None
+    lasting = [index for index, level in enumerate(levels) if not level.forgets]
+    return forgetting[0] if forgetting else next(iter(lasting), None)
+
+
+def _shift(component: Component, init: Weights, sign: float) -> Component:
+    share = component.keep
+    shares = [weight if share is None else share[..., None, None] * weight for weight in init]
+    moved = [delta + sign * weight for delta, weight in zip(component.delta, shares, strict=True)]
+    return component._replace(delta=moved)
+
+
+def weights_now(init: Weights | None, components: Sequence[Component]) -> Weights:
     """`keep W_init + Σ Δ`, per layer: [batch, heads, d_in, d_out]."""
-    now = _initial(init, components)
-    for component in components:
-        now = [weight + delta for weight, delta in zip(now, component.delta, strict=True)]
-    return now
+    summands = [component.delta for component in components]
+    if init is not None:
+        summands.insert(0, _initial(init, components))
+    return _sum(summands)
 
 
-def term_weights(levels: Sequence[TokenLevel], init: Weights, components: Sequence[Component]) -> list[Weights]:
+def term_weights(levels: Sequence[TokenLevel], init: Weights | None, components: Sequence[Component]) -> list[Weights]:
     """The summands of a token's weights, in the order of `Plan.terms`: carried Δ and S, and W_init, those of equal
     share added up."""
-    summands: dict[tuple[str, ...], Weights] = {initial_key(levels): _initial(init, components)}
+    summands: dict[tuple[str, ...], list[Weights]] = {key: [] for key in term_keys(levels)}
+    if init is not None:
+        summands[initial_key(levels)].append(_initial(init, components))
     for level, component in zip(levels, components, strict=True):
-        key = delta_key(level)
-        if key in summands:
-            summands[key] = [a + b for a, b in zip(summands[key], component.delta, strict=True)]
-        else:
-            summands[key] = component.delta
+        summands[delta_key(level)].append(component.delta)
         if level.period == 1 and component.momentum is not None:
-            summands[level.name, "momentum"] = component.momentum
-    return [summands[key] for key in term_keys(levels)]
+            summands[level.name, "momentum"].append(component.momentum)
+    return [_sum(summand) for summand in summands.values()]
 
 
 def advance(component: Component, step: Step, products: Products) -> Component:
     """A component of period 1 after a segment: `Δ ← ρ Δ + c S − Σ share in ⊗ δ`, `S ← (Πβ) S − Σ share in ⊗ δ`."""
     delta, momentum = [], []
     for index, (inputs, signals) in enumerate(zip(*products, strict=True)):
-        moved = _minus(_scale(step.keep, component.delta[index]), step.delta, inputs, signals)
+        moved = _fade(step.keep, component.delta[index], outer_sum(-step.delta, inputs, signals))
         if component.momentum is not None and step.momentum is not None:
             before = component.momentum[index]
-            moved = moved + _scale(step.carry, before)
-            momentum.append(_minus(_scale(step.momentum_keep, before), step.momentum, inputs, signals))
+            moved = _fade(step.carry, before, moved)
+            momentum.append(_fade(step.momentum_keep, before, outer_sum(-step.momentum, inputs, signals)))
         delta.append(moved)
     return Component(delta, momentum or None, None, _kept(component, step))
 
 
 def accumulate(component: Component, step: Step, products: Products) -> Component:
     """A component of period P within its period: the products are summed, as they were computed at the time."""
-    assert component.total is not None
-    written = (outer_sum(step.delta, inputs, signals) for inputs, signals in zip(*products, strict=True))
-    return component._replace(total=[total + new for total, new in zip(component.total, written, strict=True)])
+    written = [outer_sum(-step.delta, inputs, signals) for inputs, signals in zip(*products, strict=True)]
+    if component.pending is not None:
+        written = [before + new for before, new in zip(component.pending, written, strict=True)]
+    return component._replace(pending=written)
 
 
 def fire(component: Component, step: Step, rows: Rows) -> Component:
     """A component of period P at its boundary, for the rows that stand there (all for `()`):
-    `S ← β S − total`, `Δ ← α Δ + S`, `total ← 0`, with the gates of the boundary token."""
-    assert component.total is not None
-    moves = [-total for total in component.total]
+    `S ← β S + pending`, `Δ ← α Δ + S`, nothing pending, with the gates of the boundary token."""
+    assert component.pending is not None
+    moves = component.pending
     if component.momentum is not None:
-        moves = [move + _scale(step.momentum_keep, s) for move, s in zip(moves, component.momentum, strict=True)]
-    delta = [move + _scale(step.keep, before) for move, before in zip(moves, component.delta, strict=True)]
-    total = [torch.zeros_like(total) for total in component.total]
-    fired = Component(delta, None if component.momentum is None else moves, total, _kept(component, step))
-    return fired if not rows else _where(torch.tensor(rows), fired, component)
+        moves = [_fade(step.momentum_keep, s, move) for s, move in zip(component.momentum, moves, strict=True)]
+    delta = [_fade(step.keep, before, move) for before, move in zip(component.delta, moves, strict=True)]
+    fired = Component(delta, None if component.momentum is None else moves, None, _kept(component, step))
+    if not rows:
+        return fired
+    fired = fired._replace(pending=[torch.zeros_like(pending) for pending in component.pending])
+    return choose_rows(rows, fired, component)
+
+
+def choose_rows(rows: Rows, new: Component, old: Component) -> Component:
+    """The new component for the given rows, the old one for the others."""
+    mask = torch.tensor(rows)
+
+    def each(a: Weights | None, b: Weights | None) -> Weights | None:
+        return None if a is None or b is None else choose_weights(mask, a, b)
+
+    delta = each(new.delta, old.delta)
+    assert delta is not None
+    keep = each(None if new.keep is None else [new.keep], None if old.keep is None else [old.keep])
+    return Component(delta, each(new.momentum, old.momentum), each(new.pending, old.pending), keep[0] if keep else None)
+
+
+def choose_weights(rows: Tensor, new: Weights, old: Weights) -> Weights:
+    """Per row of the batch the new weights or the old."""
+    return [torch.where(align(rows, x), x, y) for x, y in zip(new, old, strict=True)]
 
 
 def _initial(init: Weights, components: Sequence[Component]) -> Weights:
     for component in components:
         if component.keep is not None:
-            init = [_scale(component.keep, weight) for weight in init]
+            init = [component.keep[..., None, None] * weight for weight in init]
     return init
 
 
-def _scale(share: Tensor | None, weight: Tensor) -> Tensor:
-    return weight if share is None else share[..., None, None] * weight
+def _sum(summands: list[Weights]) -> Weights:
+    total = summands[0]
+    for summand in summands[1:]:
+        total = [a + b for a, b in zip(total, summand, strict=True)]
+    return total
 
 
-def _minus(weight: Tensor, share: Tensor, inputs: Tensor, signals: Tensor) -> Tensor:
-    return weight - outer_sum(share, inputs, signals)
+def _fade(share: Tensor | None, weight: Tensor, step: Tensor) -> Tensor:
+    return weight + step if share is None else decay_add(share, weight, step)
 
 
 def _kept(component: Component, step: Step) -> Tensor | None:
     return component.keep if component.keep is None or step.keep is None else component.keep * step.keep
-
-
-def _where(rows: Tensor, new: Component, old: Component) -> Component:
-    def each(a: Weights | None, b: Weights | None) -> Weights | None:
-        return None if a is None or b is None else [torch.where(align(rows, x), x, y) for x, y in zip(a, b, strict=True)]
-
-    delta = each(new.delta, old.delta)
-    assert delta is not None
-    keep = each(None if new.keep is None else [new.keep], None if old.keep is None else [old.keep])
-    return Component(delta, each(new.momentum, old.momentum), each(new.total, old.total), keep[0] if keep else None)

@@ -36,9 +36,10 @@ def run(
     span: Run,
     writes: Writes,
     queries: Tensor,
-    init: Weights,
+    init: Weights | None,
     components: list[Component],
     anchor: Weights | None,
+    chunk: int,
 ) -> Carried:
     """As `chunkwise.run`, with every signal at the weights of its own token."""
     stacked = plan(levels, writes.gates, span)

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from metamem.memory import chunkwise, delta_rule, recurrence
 from metamem.memory.base import Memory, Out
-from metamem.memory.component import LevelState, by_layer, fresh, from_state, in_order, to_state, weights_now
+from metamem.memory.component import (
+    LevelState,
+    by_layer,
+    fold,
+    fresh_state,
+    from_state,
+    in_order,
+    to_state,
+    unfold,
+    weights_now,
+)
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
 from metamem.memory.reader import Reader
@@ -89,7 +99,7 @@ class FastWeights(Memory):
         """The state before the first token: components at zero, weights at W_init."""
         init = self._init()
         state: State = {"position": torch.zeros(batch, dtype=torch.long, device=init[0].device)}
-        state["levels"] = {level.name: to_state(fresh(level, init, batch)) for level in self.levels}
+        state["levels"] = {level.name: fresh_state(level, init, batch) for level in self.levels}
         if self.signal_at == "chunk":
             state["anchor"] = by_layer([weight.new_zeros(batch, *weight.shape) for weight in init])
         return state
@@ -111,18 +121,20 @@ class FastWeights(Memory):
             x = x.to(self.init[0].dtype)  # under autocast, a layer before may give less
             writes, queries = self.writer(x, init[0].dtype), self.reader.query(x, init[0].dtype)
             components = [from_state(state["levels"][level.name]) for level in self.levels]
+            rest, components = fold(self.levels, init, components)
             anchor = in_order(state["anchor"]) if "anchor" in state else None
             run = EXECUTORS[self.executor] or self._dual()
             reads, surprises = [], []
             for span in self._schedule(positions, x.shape[1]):
                 read, surprise, components, anchor = run(
-                    self.network, self.levels, span, writes, queries, init, components, anchor
+                    self.network, self.levels, span, writes, queries, rest, components, anchor, self.chunk
                 )
                 reads.append(read)
                 surprises.append(surprise)
+            components = unfold(self.levels, init, components)
             after: State = {"position": state["position"] + x.shape[1]}
             named = zip(self.levels, components, strict=True)
-            after["levels"] = {level.name: to_state(component) for level, component in named}
+            after["levels"] = {level.name: to_state(level, component) for level, component in named}
             if anchor is not None and self.signal_at == "chunk":
                 after["anchor"] = by_layer(anchor)
         y = self.reader(torch.cat(reads, 2))

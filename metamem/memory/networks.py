@@ -56,6 +56,12 @@ class Pass(NamedTuple):
         """The last layer's output, which has no activation."""
         return self.preactivations[-1]
 
+    def split(self, tokens: int) -> tuple[Pass, Pass]:
+        """The passes of the first `tokens` tokens and of the others."""
+        halves = [[x.split([tokens, x.shape[-2] - tokens], -2) for x in part] for part in self]
+        first, second = ([[pair[side] for pair in part] for part in halves] for side in (0, 1))
+        return Pass(*first), Pass(*second)
+
 
 @dataclass(frozen=True)
 class Network:

@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from metamem.memory import signals
-from metamem.memory.component import Component, weights_now
+from metamem.memory.component import Component, choose_rows, choose_weights, weights_now
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
 from metamem.memory.schedule import Rows, Run
 from metamem.memory.signals import Objectives
 from metamem.memory.writer import Gates, Writes
-from metamem.state import align
 
 # network, objectives, weights [b h i o], key [b h w i], value [b h w o], rate [b h w] -> per layer Σ_w rate in ⊗ δ
 Gradient = Callable[[Network, Objectives, Weights, Tensor, Tensor, Tensor], Weights]
@@ -48,9 +47,10 @@ def _run(
     span: Run,
     writes: Writes,
     queries: Tensor,
-    init: Weights,
+    init: Weights | None,
     components: list[Component],
     anchor: Weights | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor, list[Component], Weights | None]:
     """As `chunkwise.run`; without an anchor every token's signal is computed at the weights of that token."""
     reads, surprises = [], []
@@ -62,7 +62,7 @@ def _run(
                 at = now
             else:
                 begins = segment.refresh if token == segment.start else None
-                at = anchor = anchor if begins is None else _choose(begins, now, anchor)
+                at = anchor = anchor if begins is None else _anchored(begins, now, anchor)
             key, value = writes.keys[:, :, token], writes.values[:, :, token]
             recalled = network.forward(key, lambda layer, a, at=at: a @ at[layer]).output
             surprises.append(signals.value(levels[0].objectives, recalled, value))
@@ -72,9 +72,9 @@ def _run(
                 if level.period == 1:
                     components[index] = _apply(components[index], products, gates, token)
                 else:
-                    total = components[index].total or []
-                    total = [a + b for a, b in zip(total, products, strict=True)]
-                    components[index] = components[index]._replace(total=total)
+                    before = components[index].pending or [torch.zeros_like(product) for product in products]
+                    pending = [a - b for a, b in zip(before, products, strict=True)]
+                    components[index] = components[index]._replace(pending=pending)
             now = weights_now(init, components)
             asked = queries[:, :, token]
             reads.append(network.forward(asked, lambda layer, a, now=now: a @ now[layer]).output)
@@ -82,9 +82,10 @@ def _run(
             rows, before = segment.fire.get(level.name), components[index]
             if rows is not None:
                 gates, last = writes.gates[level.name], segment.start + segment.length - 1
-                fired = _apply(before, before.total or [], gates, last)
-                fired = fired._replace(total=[torch.zeros_like(total) for total in before.total or []])
-                components[index] = _choose_component(rows, fired, before)
+                pending = before.pending or []
+                fired = _apply(before, [-step for step in pending], gates, last)
+                fired = fired._replace(pending=[torch.zeros_like(step) for step in pending])
+                components[index] = choose_rows(rows, fired, before) if rows else fired
     return torch.stack(reads, 2), torch.stack(surprises, 2), components, anchor
 
 
@@ -102,23 +103,8 @@ def _apply(component: Component, products: Weights, gates: Gates, token: int) ->
     )
 
 
-def _choose_component(rows: Rows, new: Component, old: Component) -> Component:
-    def choose(a: Weights | None, b: Weights | None) -> Weights | None:
-        return None if a is None or b is None else _choose(rows, a, b)
-
-    keep = choose(None if new.keep is None else [new.keep], None if old.keep is None else [old.keep])
-    return Component(
-        _choose(rows, new.delta, old.delta),
-        choose(new.momentum, old.momentum),
-        choose(new.total, old.total),
-        None if keep is None else keep[0],
-    )
-
-
-def _choose(rows: Rows, new: Weights, old: Weights) -> Weights:
-    if not rows:
-        return new
-    return [torch.where(align(torch.tensor(rows), a), a, b) for a, b in zip(new, old, strict=True)]
+def _anchored(rows: Rows, now: Weights, anchor: Weights) -> Weights:
+    return choose_weights(torch.tensor(rows), now, anchor) if rows else now
 
 
 def _written_out(
