@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from metamem.config import Config, UserError, resolve_objectives
-from metamem.hierarchy import InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
+from metamem.hierarchy import InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
 from metamem.memory.fast_weights import FastWeights
 from metamem.network import Network
 from metamem.state import State, check_like, load_state, save_state, state_bytes, tree_map
+
 
 @dataclass(frozen=True)
 class Observed:

@@ -85,8 +85,10 @@ def train(
     if trained.interrupted:
         typer.echo(f"interrupted: {trained.folder} holds the checkpoint of step {trained.step}", err=True)
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; adapt it with: "
-               f"metamem adapt {trained.folder} --input FILE")
+    typer.echo(
+        f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; adapt it with: "
+        f"metamem adapt {trained.folder} --input FILE"
+    )
 
 
 @app.command()

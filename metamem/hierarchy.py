@@ -20,9 +20,9 @@ from torch.func import functional_call
 
 from metamem.config import Config, LevelConfig, OptimizerConfig, ownership, resolve_objectives
 from metamem.globs import match_names
+from metamem.memory.base import Out
 from metamem.memory.level import TokenLevel
 from metamem.memory.signals import Objectives
-from metamem.state import State
 
 Parameters = dict[str, Tensor]
 INITIAL_RATE = 0.03  # where a learned inner rate starts
@@ -106,8 +106,8 @@ def learned_rates(config: Config, network: nn.Module) -> nn.Module | None:
 class InnerLoop:
     """Runs a model along sequences while inner levels move its parameters, differentiably or not.
 
-    Every `period` tokens of a level: `θ ← θ − rate · step(∂ Σ objective / ∂ θ)` over exactly its last `period`
-    tokens, mean over tokens and rows. Reads between see the weights of the last boundary.
+    Every `period` tokens of a level: `θ ← θ − rate · step(∂ loss / ∂ θ)`, the loss its objective's mean over exactly
+    its last `period` tokens and all rows. Tokens between see the weights of the last boundary.
     """
 
     def __init__(self, network: nn.Module, levels: Sequence[InnerLevel]) -> None:
@@ -148,28 +148,26 @@ class InnerLoop:
         moved = [value + rate * direction for value, rate, direction in moves]
         return InnerState(dict(zip(level.members, moved, strict=True)), optimizer, state.updates + 1)
 
-    def run(
-        self,
-        inputs: Int[Tensor, "batch time"],
-        targets: Int[Tensor, "batch time"],
-        objectives: Objectives,
-    ) -> Float[Tensor, "batch time"]:
-        """The outer loss per token of fresh sequences, with the inner updates on the way and the graph through them."""
-        states, memory, losses = self.init(), None, []
+    def run(self, inputs: Int[Tensor, "batch time"], targets: Int[Tensor, "batch time"]) -> Out:
+        """The network over fresh sequences, the inner updates on the way, with the graph through them for an outer
+        gradient: predictions [batch, time, vocabulary], the memories' state, and what they measured."""
+        states, memory = self.init(), None
         pending: dict[str, list[Tensor]] = {level.name: [] for level in self.levels}
+        predictions, measured = [], []
         length = self.piece or inputs.shape[1]
         for start in range(0, inputs.shape[1], length):
             piece, wanted = inputs[:, start : start + length], targets[:, start : start + length]
-            out = functional_call(self.network, self.parameters(states), (piece, memory))
-            memory = out.state
-            losses.append(loss_per_token(objectives, out.y, wanted))
+            pred, memory, aux = functional_call(self.network, self.parameters(states), (piece, memory))
+            predictions.append(pred)
+            measured.append(aux)
+            end = start + piece.shape[1]
             for level in self.levels:
-                pending[level.name].append(loss_per_token(level.objectives, out.y, wanted))
-                if (start + piece.shape[1]) % level.period == 0 and start + piece.shape[1] < inputs.shape[1]:
+                pending[level.name].append(loss_per_token(level.objectives, pred, wanted))
+                if end % level.period == 0 and end < inputs.shape[1]:
                     states[level.name] = self._unrolled(level, states[level.name], torch.cat(pending[level.name], 1))
                     pending[level.name] = []
-        return torch.cat(losses, 1)
-
+        aux = {key: torch.cat([one[key] for one in measured], 1) for key in measured[0]}
+        return Out(torch.cat(predictions, 1), memory or {}, aux)
 
     def _unrolled(self, level: InnerLevel, state: InnerState, losses: Float[Tensor, "batch time"]) -> InnerState:
         """The update on a period's losses, inside the outer graph; every `unroll` updates that graph is cut."""

@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-import metamem.attention
-import metamem.layers
 from metamem.config import Config, NetworkConfig, Where, network_config
 from metamem.config.schema import ConnectionConfig
 from metamem.globs import matches
@@ -41,7 +39,9 @@ def build(config: Config) -> Network:
     used = {level.name for module in network.modules() if isinstance(module, FastWeights) for level in module.levels}
     for level in config.hierarchy.levels:
         if level.clock == "token" and level.name not in used:
-            raise (level.where / "groups").error(f"no memory's weights are in the groups of the token level {level.name!r}")
+            raise (level.where / "groups").error(
+                f"no memory's weights are in the groups of the token level {level.name!r}"
+            )
     if rates := learned_rates(config, network):
         network.add_module("inner_rates", rates)
     return network
@@ -211,7 +211,9 @@ def _ordered(connections: Sequence[ConnectionConfig]) -> list[ConnectionConfig]:
 
 def _cycle(left: Sequence[ConnectionConfig]) -> str:
     """One cycle among connections that all wait for one another, as `a -> b -> a`."""
-    waits = {step.to: next(source for source in step.source if any(source == other.to for other in left)) for step in left}
+    waits = {
+        step.to: next(source for source in step.source if any(source == other.to for other in left)) for step in left
+    }
     path = [left[0].to]
     while waits[path[-1]] not in path:
         path.append(waits[path[-1]])

@@ -1,9 +1,9 @@
 """Studies and benchmarks: one command line, one form of result, one verdict.
 
-    study = open_study("quickstart", "What it shows.", seeds=1)     # --smoke --seeds N --json FILE
-    study.add("bits per byte, tyn", 1.91, "bits/byte", against="reset", ratio=0.86)
-    study.table(headings, rows)                                     # printed, and runs/<name>/table.md
-    sys.exit(study.verdict([Claim("adapting over reset", 0.14, 0.10)]))
+study = open_study("quickstart", "What it shows.", seeds=1)     # --smoke --seeds N --json FILE
+study.add("bits per byte, tyn", 1.91, "bits/byte", against="reset", ratio=0.86)
+study.table(headings, rows)                                     # printed, and runs/<name>/table.md
+sys.exit(study.verdict([Claim("adapting over reset", 0.14, 0.10)]))
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from metamem.training.run_folder import new_folder
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ class Study:
         """The seeds to run."""
         return range(self.options.seeds)
 
-    def add(
-        self, what: str, value: float, unit: str, against: str | None = None, ratio: float | None = None
-    ) -> None:
+    def add(self, what: str, value: float, unit: str, against: str | None = None, ratio: float | None = None) -> None:
         """One row more."""
         self.rows.append(Row(what, value, unit, against, ratio))
 
@@ -120,16 +120,3 @@ def open_study(
     if parsed.seeds < 1:
         parser.error(f"--seeds must be at least 1, not {parsed.seeds}")
     return Study(name, new_folder(root, f"{name}-smoke" if parsed.smoke else name), parsed)
-
-
-def new_folder(root: Path, name: str) -> Path:
-    """`root/name`, or the first of `name-2`, `name-3`, … that is not there: nothing is overwritten."""
-    number = 1
-    while True:
-        folder = root / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder

@@ -66,9 +66,7 @@ def run(
     return reads.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), components, anchor
 
 
-def solve(
-    stacked: Plan, scales: dict[Key, float], keys: Keys, values: Tensor, writers: int
-) -> tuple[Tensor, Tensor]:
+def solve(stacked: Plan, scales: dict[Key, float], keys: Keys, values: Tensor, writers: int) -> tuple[Tensor, Tensor]:
     """`(I + Λ)⁻¹` of the keys, each scaled by its share of every carried tensor before its own write, and of the
     values: with the carried tensors stacked as W, δ = solved_keys W − solved_values."""
     shared = _shared([term.before for term in stacked.terms], keys, writers)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import metamem.tasks  # noqa: F401  (fills the registry)
 from metamem.config import Config, UserError
 from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, loss_per_token
-from metamem.memory.signals import Objectives
+from metamem.memory.base import Out
 from metamem.network import Network, build
 from metamem.registry import TASKS
 from metamem.training.checkpoint import load_checkpoint, save_checkpoint
@@ -71,7 +71,7 @@ def train(
     task = build_task(config) if task is None else task
     model = build(config)
     outer = OuterLevels(config, model)
-    forward = _losses(config, model)
+    forward = _forward(config, model)
     generator = torch.Generator().manual_seed(config.seed)
     batches = (task.sample(generator, settings.batch, settings.length) for _ in range(settings.steps))
     first = next(batches)
@@ -81,7 +81,8 @@ def train(
     step, saved = 0, 0
     with _interruptible() as interrupted:
         for step, (inputs, targets) in enumerate(_chain(first, batches), start=1):
-            losses = outer.backward(lambda objectives, x=inputs, y=targets: forward(objectives, x, y))
+            out = forward(inputs, targets)
+            losses = outer.backward(lambda objectives, y=out.y, t=targets: loss_per_token(objectives, y, t).mean())
             _check_finite(losses, step, folder, saved, "loss")
             norms = outer.step(step, _schedule(config, step), settings.gradient_clip)
             seconds = time.perf_counter() - started
@@ -89,6 +90,7 @@ def train(
             if step % settings.log_every == 0 or step == settings.steps:
                 row = {f"loss/{name}": loss for name, loss in losses.items()}
                 row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+                row |= {name: float(values.detach().mean()) for name, values in out.aux.items()}
                 metrics.log(kind="train", step=step, seconds=round(seconds, 3), tokens_per_second=round(rate), **row)
             if progress is not None:
                 progress(Progress(step, settings.steps, losses, rate))
@@ -109,14 +111,13 @@ def load_run(folder: Path) -> tuple[Network, Config]:
     return model, config
 
 
-def _losses(config: Config, model: Network) -> Callable[[Objectives, Tensor, Tensor], Tensor]:
-    """The mean outer loss of a batch, through the inner levels where there are any."""
+def _forward(config: Config, model: Network) -> Callable[[Tensor, Tensor], Out]:
+    """The model over a batch (inputs, targets), through the inner levels that meta-training unrolls."""
     levels = [level for level in inner_levels(config, model) if level.unroll != 0]
     if levels:
-        loop = InnerLoop(model, levels)
-        return lambda objectives, x, y: loop.run(x, y, objectives).mean()
-    forward: nn.Module | Callable[..., Any] = torch.compile(model, fullgraph=True) if config.training.compile else model
-    return lambda objectives, x, y: loss_per_token(objectives, forward(x).y, y).mean()
+        return InnerLoop(model, levels).run
+    run: Callable[..., Out] = torch.compile(model, fullgraph=True) if config.training.compile else model
+    return lambda inputs, targets: run(inputs)
 
 
 def _schedule(config: Config, step: int) -> float:

@@ -16,18 +16,24 @@ CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.safete
 
 def create_run(config: Config, root: Path = Path("runs")) -> Path:
     """A new folder for a run of this config, with the resolved config in it."""
+    folder = new_folder(root, config.name)
+    (folder / CONFIG).write_text(to_yaml(config))
+    return folder
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """`root/name`, or the first of `name-2`, `name-3`, … that is not there: nothing is overwritten."""
     number = 1
     while True:
-        folder = root / (config.name if number == 1 else f"{config.name}-{number}")
+        folder = root / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
-            break
         except FileExistsError:
             number += 1
         except OSError as error:
             raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
-    (folder / CONFIG).write_text(to_yaml(config))
-    return folder
+        else:
+            return folder
 
 
 def run_config(folder: Path) -> Config:
