@@ -110,7 +110,7 @@ def in_parallel(
     return results
 
 
-def train_all(study: Study, pool: ProcessPoolExecutor, bar: Progress, overrides: list[str], queue: Any) -> Any:
+def train_all(study: Study, pool: ProcessPoolExecutor, bar: Progress, overrides: Sequence[str], queue: Any) -> Any:
     """The run folders of both models for every seed."""
     steps = load_config(CONFIGS / f"{OURS}.yaml", overrides).training.steps
     futures = {

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import optree
 import torch
-import torchopt
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
@@ -109,8 +109,8 @@ class Session:
         self.last = last.get("token")
         for name, level in carried["levels"].items():
             fast = {key: value.requires_grad_() for key, value in level["fast"].items()}
-            treespec = torchopt.pytree.tree_structure(self.inner[name].optimizer)
-            optimizer = torchopt.pytree.tree_unflatten(treespec, list(level["optimizer"].values()))
+            treespec = optree.tree_structure(self.inner[name].optimizer)
+            optimizer = optree.tree_unflatten(treespec, list(level["optimizer"].values()))
             self.inner[name] = InnerState(fast, optimizer, int(level["updates"]))
             self.gradients[name] = list(level["gradients"].values())
 
@@ -170,7 +170,7 @@ class Session:
             gradients = self.gradients.get(level.name) or [torch.zeros_like(value) for value in state.fast.values()]
             levels[level.name] = {
                 "fast": {name: value.detach() for name, value in state.fast.items()},
-                "optimizer": _numbered(torchopt.pytree.tree_leaves(state.optimizer)),
+                "optimizer": _numbered(optree.tree_leaves(state.optimizer)),
                 "gradients": _numbered(gradients),
                 "updates": torch.tensor(state.updates),
             }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import optree
 import torch
 import torchopt
 from jaxtyping import Float, Int
@@ -123,7 +124,7 @@ class InnerLoop:
         parameters = dict(self.network.named_parameters())
         states = {}
         for level in self.levels:
-            fast = {name: parameters[name] for name in level.members}
+            fast: Parameters = {name: parameters[name] for name in level.members}
             states[level.name] = InnerState(fast, self.transforms[level.name].init(tuple(fast.values())), 0)
         return states
 
@@ -181,7 +182,7 @@ class InnerLoop:
 def leaf_state(state: InnerState) -> InnerState:
     """The same numbers, cut from the graph that made them: weights and optimizer state together."""
     fast = {name: value.detach().requires_grad_() for name, value in state.fast.items()}
-    return state._replace(fast=fast, optimizer=torchopt.pytree.tree_map(_detach, state.optimizer))
+    return state._replace(fast=fast, optimizer=optree.tree_map(_detach, state.optimizer))
 
 
 def _detach(leaf: Any) -> Any:

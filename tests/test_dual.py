@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from losses.recall import cosine, mse
 from metamem.memory.base import Out
+from metamem.memory.decay import decay_add
 from metamem.memory.dual import decay_matrix, kernel
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
@@ -288,6 +289,15 @@ def test_the_kernel_is_the_unrolled_recurrence():
         torch.testing.assert_close(of.carry[..., t], delta[..., 8])
     torch.testing.assert_close(of.last_writes, momentum[..., :7])
     torch.testing.assert_close(of.last_carry, momentum[..., 8])
+
+
+def test_decay_add_has_the_gradients_of_what_it_computes():
+    """Its backward is written by hand: against the plain expression, finite differences, and once more derived."""
+    share, weight, step = torch.rand(2, 3), torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    arguments = [tensor.requires_grad_() for tensor in (share, weight, step)]
+    torch.testing.assert_close(decay_add(*arguments), share[..., None, None] * weight + step)
+    assert torch.autograd.gradcheck(decay_add, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(decay_add, arguments, fast_mode=True)
 
 
 @pytest.mark.parametrize("decay", [1e-30, 1e-3, 0.5, 1 - 1e-7, 1.0])

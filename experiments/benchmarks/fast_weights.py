@@ -3,7 +3,7 @@
 Batch 4 × 1024 tokens, width 256, chunk 64, each contender in a process of its own, one after the other, `--rounds`
 times around; the best of all rounds counts, as a shared machine only ever slows things down.
 
-    one head     a 2-layer MLP memory 256 → 1024 → 256 (the peer's default expansion, 4), momentum and forgetting learned
+    one head     a 2-layer MLP memory 256 → 1024 → 256 (the peer's default expansion), momentum and forgetting learned
     four heads   the same at 4 × 64
     linear       4 × 64, exact token signals, beside causal scaled_dot_product_attention of the same width
 
@@ -74,7 +74,8 @@ class VmapGrad(nn.Module):
             reads.append(forward.output)
             gradients = vmap(vmap(grad(loss)))(weights, keys, values, gates.lr[:, :, here, 0])
             last = here.stop - 1
-            beta, alpha = (g[:, :, last, None, None].exp() for g in (gates.log_momentum, gates.log_keep))
+            assert gates.log_momentum is not None and gates.log_keep is not None
+            beta, alpha = (gate[:, :, last, None, None].exp() for gate in (gates.log_momentum, gates.log_keep))
             momenta = tuple(beta * momentum - gradient for momentum, gradient in zip(momenta, gradients, strict=True))
             weights = tuple(alpha * weight + momentum for weight, momentum in zip(weights, momenta, strict=True))
         return memory.reader(torch.cat(reads, 2).unsqueeze(3))

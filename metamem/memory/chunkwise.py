@@ -39,7 +39,7 @@ def run(
     anchor: Weights | None,
     chunk: int,
 ) -> Carried:
-    """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], and what is carried."""
+    """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], what is carried."""
     reads, surprises = [], []
     stacked = (cut(x, span).flatten(3, 4).unbind(2) for x in (writes.keys, writes.values, queries))
     lagging = all(level.period > 1 and level.period % chunk == 0 for level in levels)
@@ -79,14 +79,12 @@ def read(
     strengths = {key: strength.repeat_interleave(readers, -2) for key, strength in step.strengths.items()}
 
     def layer(index: int, a: Tensor) -> Tensor:
-        z = None
-        for share, tensor in zip(shares, carried, strict=True):
-            part = a @ tensor[index]
-            part = part if share is None else share.unsqueeze(-1) * part
-            z = part if z is None else z + part
+        parts = [a @ tensor[index] for tensor in carried]
+        z, *more = (x if share is None else share.unsqueeze(-1) * x for share, x in zip(shares, parts, strict=True))
+        for part in more:
+            z = z + part
         for key, strength in strengths.items():
             z = z - local_read(strength, a, products[key].inputs[index], products[key].signals[index])
-        assert z is not None
         return z
 
     return network.forward(queries, layer).output

@@ -9,7 +9,7 @@ boundary (period P).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -24,13 +24,13 @@ from metamem.memory.schedule import Rows
 from metamem.state import align
 
 
-class LevelState(TypedDict, total=False):
+class LevelState(TypedDict):
     """A component as a state; layers by number, each [batch, heads, d_in, d_out]."""
 
     delta: dict[str, Tensor]
-    momentum: dict[str, Tensor]
-    pending: dict[str, Tensor]
-    keep: Float[Tensor, "batch heads"]
+    momentum: NotRequired[dict[str, Tensor]]
+    pending: NotRequired[dict[str, Tensor]]
+    keep: NotRequired[Float[Tensor, "batch heads"]]
 
 
 class Component(NamedTuple):

@@ -172,7 +172,7 @@ class FastWeights(Memory):
         position = state["position"]
         if torch.compiler.is_compiling():
             for clock in (self.chunk, *(level.period for level in self.levels)):
-                torch._assert_async(
+                torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
                     (position % clock == 0).all(), f"compiled memory: the state must stand at a multiple of {clock}"
                 )
             return [0]
