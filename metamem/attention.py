@@ -18,6 +18,7 @@ from metamem.registry import MODULES
 from metamem.state import State, Stateful
 
 Heads = Float[Tensor, "batch heads tokens dim_head"]
+Seen = Float[Tensor, "batch heads seen dim_head"]  # the cache, then the tokens of this call
 
 
 @MODULES.register("attention")
@@ -58,7 +59,7 @@ class Attention(Stateful):
         return self.output(rearrange(attended, "b h t d -> b t (h d)")), after
 
 
-def _attend(queries: Heads, keys: Heads, values: Heads, count: Int[Tensor, "batch"], window: int) -> Heads:
+def _attend(queries: Heads, keys: Seen, values: Seen, count: Int[Tensor, "batch"], window: int) -> Heads:
     """`keys` and `values` begin `window` tokens before the queries, `count` of these are real."""
     tokens = queries.shape[2]
     block = min(window, tokens)
@@ -88,7 +89,8 @@ def _visible(
 def _rotate(x: Heads, first: int) -> Heads:
     """Rotary position embedding, positions from `first`."""
     half = x.shape[-1] // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    exact = torch.promote_types(x.dtype, torch.float32)  # a position in bfloat16 would be rounded
+    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=exact) / half)
     angle = (first + torch.arange(x.shape[2], device=x.device))[:, None] * frequency
     cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)

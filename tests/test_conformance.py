@@ -47,18 +47,17 @@ for key, expected in results[0].items():
 @pytest.mark.parametrize(
     ("memory", "backend", "length"),
     [
-        pytest.param("delta", "inductor", 4, id="delta-inductor"),
         pytest.param("delta-two-levels", "aot_eager", 11, id="delta-two-levels-graph"),
-        pytest.param("titans-like", "aot_eager", 11, id="titans-like-graph"),
-        pytest.param("titans-like", "inductor", 4, id="titans-like-inductor", marks=pytest.mark.slow),
-        pytest.param(
-            "gated-delta-momentum", "inductor", 11, id="gated-delta-momentum-inductor", marks=pytest.mark.slow
-        ),
+        pytest.param("titans-like", "inductor", 4, id="titans-like-inductor"),
+        pytest.param("delta", "inductor", 4, id="delta-inductor", marks=pytest.mark.slow),
+        pytest.param("gated-delta-momentum", "inductor", 8, id="gated-delta-inductor", marks=pytest.mark.slow),
+        pytest.param("mlp3-two-levels", "inductor", 8, id="mlp3-two-levels-inductor", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_in_one_graph_it_gives_the_same_numbers(memory, backend, length):
     """Forward and backward, `fullgraph=True`; `aot_eager` takes the same two graphs, without the wait for a C++
-    compiler. In a process of its own: torch.compile cannot see through jaxtyping."""
+    compiler, which has once given wrong gradients of a state. In a process of its own: torch.compile cannot see
+    through jaxtyping."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "JAXTYPING_DISABLE": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", COMPILED, memory, backend, str(length)]
