@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+import metamem.attention  # noqa: F401  (registers its kind)
+import metamem.layers  # noqa: F401  (registers its kinds)
 from metamem.config import Config, NetworkConfig, Where, network_config
 from metamem.config.schema import ConnectionConfig
 from metamem.globs import matches
@@ -26,6 +28,8 @@ from metamem.registry import MODULES
 from metamem.state import State, Stateful
 
 MODULES.register("fast_weights")(FastWeights)
+
+TAKEN = ("training", "names", "steps", "dim_in", "dim_out", "inner_rates")  # names of a Network's own attributes
 
 
 def build(config: Config) -> Network:
@@ -113,16 +117,22 @@ class Network(Stateful):
             joined = " + ".join(f"{source} ({dim})" for source, dim in sources.items())
             if step.by in ("sum", "gate") and len(set(known.values())) > 1:
                 raise (step.where / "from").error(f"cannot {step.by} {joined}: the dims differ")
-            dim = sum(known.values()) if step.by == "concat" else next(iter(known.values()), None)
+            dim = next(iter(known.values()), None)
+            if step.by == "concat":
+                dim = sum(known[source] for source in step.source) if len(known) == len(sources) else None
             if step.by == "gate":
                 if len(step.source) != 2 or dim is None:
                     raise (step.where / "by").error(f"gate takes two sources of a known dim, not {joined}")
-                self.add_module(f"{step.to}_gate", Gate(dim))
+                if (gate := f"{step.to}_gate") in self.names:
+                    raise (step.where / "to").error(f"the gate of {step.to!r} is called {gate!r}, and so is a module")
+                self.add_module(gate, Gate(dim))
             if step.to in self.names:
                 module = getattr(self, step.to)
                 wanted = getattr(module, "dim_in", None)
                 if wanted is not None and dim is not None and wanted != dim:
                     raise (step.where / "to").error(f"{joined} has dim {dim}, and {step.to!r} takes {wanted}")
+                if wanted is not None and step.source == ["in"]:
+                    dims["in"] = self.dim_in = wanted  # unknown until now: what is fed decides
                 dim = getattr(module, "dim_out", dim)
             dims[step.to] = dim
         self.dim_out = dims["out"]
@@ -168,7 +178,7 @@ class _Builder:
         modules: dict[str, nn.Module] = {}
         for name, options in graph.modules.items():
             where = graph.where.at("modules", name)
-            if hasattr(Network, name):
+            if hasattr(Network, name) or name in TAKEN:
                 raise where.error(f"{name!r} is a name that torch modules use; choose another")
             modules[name] = self.module(dict(options), where, f"{path}{name}")
         return Network(modules, graph.connections)
@@ -183,7 +193,11 @@ class _Builder:
             return self.network(graph, f"{path}.")
         if repeat < 1:
             raise (where / "repeat").error(f"must be at least 1, not {repeat}")
-        return Repeat([self.network(graph, f"{path}.{index}.") for index in range(repeat)])
+        copies = [self.network(graph, f"{path}.{index}.") for index in range(repeat)]
+        ends = copies[0].dim_in, copies[0].dim_out
+        if repeat > 1 and None not in ends and ends[0] != ends[1]:
+            raise (where / "repeat").error(f"a copy gives dim {ends[1]}, and the next takes {ends[0]}")
+        return Repeat(copies)
 
     def levels_at(self, path: str) -> list[TokenLevel]:
         """The token levels with a group that matches the initial weights of a memory at this path."""

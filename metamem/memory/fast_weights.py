@@ -34,7 +34,7 @@ from metamem.memory.component import (
     weights_now,
 )
 from metamem.memory.level import TokenLevel
-from metamem.memory.networks import Network, Weights
+from metamem.memory.networks import ACTIVATIONS, Network, Weights
 from metamem.memory.reader import Reader
 from metamem.memory.schedule import Run, schedule
 from metamem.memory.writer import Writer
@@ -184,6 +184,13 @@ def check(network: Network, levels: Sequence[TokenLevel], chunk: int, signal_at:
     """Raises ValueError, with the nearest valid setting, where settings exclude each other."""
     if not levels:
         raise ValueError("a fast-weight memory needs at least one level with clock 'token' that names its group")
+    if min(chunk, *network.dims) < 1:
+        raise ValueError(f"chunk and all widths must be at least 1, not {chunk} and {list(network.dims)}")
+    if network.activation not in ACTIVATIONS:
+        raise ValueError(f"there is no activation {network.activation!r} ({', '.join(ACTIVATIONS)})")
+    names = [level.name for level in levels]
+    if len(set(names)) < len(names):
+        raise ValueError(f"levels need different names: {names}")
     for level in levels:
         if level.period > 1 and level.period % chunk and chunk % level.period:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +20,8 @@ class TokenLevel:
     the next token on.
 
     - `objectives`  objective -> weight; their signal is the weighted sum
-    - `lr`          η: `learned` per token and head in (0, `lr_max`), or a constant
+    - `lr`          η: `learned` per token and head in (0, `lr_max`), or a constant. The writes of a chunk of C tokens
+                    with signals at its start act at once: of unit keys, rates up to about 1 / C are stable
     - `momentum`    β: `learned` per token and head, or a constant in [0, 1); 0 keeps no momentum
     - `forget`      1 − α: `learned` per token and head, or a constant in [0, 1); 0 forgets nothing
     - `forget_to`   `init`: what is forgotten returns to W_init; `zero`: W_init is forgotten too
@@ -35,6 +37,22 @@ class TokenLevel:
     forget: float | Learned = 0.0
     forget_to: Literal["init", "zero"] = "init"
     reduction: Literal["sum", "mean"] = "sum"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of its range."""
+        if not self.objectives:
+            raise ValueError(f"level {self.name!r} has no objective")
+        if self.period < 1:
+            raise ValueError(f"level {self.name!r}: period must be at least 1, not {self.period}")
+        if self.lr_max <= 0:
+            raise ValueError(f"level {self.name!r}: lr_max must be above 0, not {self.lr_max}")
+        for gate, value, below in (
+            ("lr", self.lr, math.inf),
+            ("momentum", self.momentum, 1),
+            ("forget", self.forget, 1),
+        ):
+            if value != "learned" and not 0 <= value < below:
+                raise ValueError(f"level {self.name!r}: {gate} must be 'learned' or in [0, {below}), not {value!r}")
 
     @property
     def has_momentum(self) -> bool:

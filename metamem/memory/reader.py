@@ -6,7 +6,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
+
+from metamem.memory.writer import unit
 
 
 class Reader(nn.Module):
@@ -22,7 +23,7 @@ class Reader(nn.Module):
     def query(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Float[Tensor, "b h t readers d_key"]:
         """The queries for x, in `dtype`."""
         queries = rearrange(self.queries(x), "b t (h r d) -> b h t r d", h=self.heads, r=self.readers)
-        return functional.normalize(queries.to(dtype), dim=-1)
+        return unit(queries.to(dtype))
 
     def forward(self, read: Float[Tensor, "b h t readers d_value"]) -> Float[Tensor, "batch tokens dim"]:
         """The output for what was read."""

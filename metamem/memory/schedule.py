@@ -54,13 +54,12 @@ def schedule(positions: Sequence[int], time: int, chunk: int, periods: Mapping[s
         fire = {name: rows for name, rows in ends.items() if rows is not None}
         segments.append(Segment(start, length, _rows(here, chunk), fire))
         start += length
-    runs: list[Run] = []
+    runs: list[list[Segment]] = []
     for segment in segments:
-        if runs and runs[-1].length == segment.length:
-            runs[-1] = Run(runs[-1].start, segment.length, (*runs[-1].segments, segment))
-        else:
-            runs.append(Run(segment.start, segment.length, (segment,)))
-    return runs
+        if not runs or runs[-1][0].length != segment.length:
+            runs.append([])
+        runs[-1].append(segment)
+    return [Run(run[0].start, run[0].length, tuple(run)) for run in runs]
 
 
 def _rows(positions: Sequence[int], clock: int) -> Rows | None:

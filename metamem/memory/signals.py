@@ -22,8 +22,10 @@ Objectives: TypeAlias = Mapping[Objective, float]
 
 def written_out(objective: Objective) -> Objective | None:
     """The gradient that stands beside an objective as `<name>_gradient`, or None."""
-    module = sys.modules.get(objective.__module__)
-    return getattr(module, f"{objective.__name__}_gradient", None)
+    module, name = sys.modules.get(getattr(objective, "__module__", "")), getattr(objective, "__name__", "")
+    if getattr(module, name, None) is not objective:  # wrapped or partial: what it stands for is not known
+        return None
+    return getattr(module, f"{name}_gradient", None)
 
 
 def gradient(objective: Objective) -> Objective:

@@ -68,7 +68,7 @@ class Writer(nn.Module):
         keys = rearrange(self.keys(x), "b t (h w d) -> b h t w d", **split).to(dtype)
         values = rearrange(self.values(x), "b t (h w d) -> b h t w d", **split).to(dtype)
         gates = {level.name: self._gates(x, level, dtype) for level in self.levels}
-        return Writes(functional.normalize(keys, dim=-1), values, gates)
+        return Writes(unit(keys), values, gates)
 
     def _gates(self, x: Tensor, level: TokenLevel, dtype: torch.dtype) -> Gates:
         batch, tokens, _ = x.shape
@@ -96,6 +96,11 @@ class Writer(nn.Module):
         elif level.has_momentum:
             momentum = constant(math.log(level.momentum))
         return Gates(lr, keep, momentum)
+
+
+def unit(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+    """x / max(‖x‖, 1e-3): of unit length, with a gradient that stays bounded where x is zero."""
+    return functional.normalize(x, dim=-1, eps=1e-3)
 
 
 def _logit(probability: float) -> float:
