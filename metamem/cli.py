@@ -126,6 +126,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing."""
     resolved = load_checked(config, overrides)
     from metamem.config import tables
+    from metamem.training import build_task
 
     model = importlib.import_module("metamem.network").build(resolved)
     parameters = dict(model.named_parameters())
@@ -135,6 +136,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     console.print(tables.network_tree(model, resolved.name))
     console.print(tables.hierarchy_table(resolved, owned, {name: p.numel() for name, p in parameters.items()}))
     console.print(tables.schedule_table(resolved))
+    console.print(build_task(resolved).describe(), highlight=False)
 
 
 @app.command()

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-import metamem.attention  # noqa: F401  (registers its kind)
-import metamem.layers  # noqa: F401  (registers its kinds)
+from metamem import attention, layers  # noqa: F401  (they register their kinds)
 from metamem.config import Config, NetworkConfig, Where, network_config
 from metamem.config.schema import ConnectionConfig
 from metamem.globs import matches
@@ -114,7 +113,7 @@ class Network(Stateful):
         for step in self.steps:
             sources = {source: dims[source] for source in step.source}
             known = {source: dim for source, dim in sources.items() if dim is not None}
-            joined = " + ".join(f"{source} ({dim})" for source, dim in sources.items())
+            joined = " + ".join(f"{source} ({dims[source]})" for source in step.source)
             if step.by in ("sum", "gate") and len(set(known.values())) > 1:
                 raise (step.where / "from").error(f"cannot {step.by} {joined}: the dims differ")
             dim = next(iter(known.values()), None)
@@ -186,7 +185,15 @@ class _Builder:
     def module(self, options: dict[str, Any], where: Where, path: str) -> nn.Module:
         kind = options.pop("kind")
         if kind != "network":
-            return MODULES.build(kind, options, where, levels=self.levels_at(path))
+            levels = self.levels_at(path)
+            if kind == "fast_weights" and not levels:
+                groups = self.config.hierarchy.groups
+                globs = [glob for level, _ in self.levels for group in level.groups for glob in groups[group].match]
+                raise where.error(
+                    f"no token level names the weights of this memory, {path}.init.*; "
+                    f"the globs of the token levels are {', '.join(globs) or 'none'}"
+                )
+            return MODULES.build(kind, options, where, levels=levels)
         options = MODULES.check(kind, options, where)
         graph, repeat = network_config(options, where), options.get("repeat")
         if repeat is None:

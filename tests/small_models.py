@@ -59,7 +59,8 @@ RECURRENT = (
 TOKEN_LEVEL = """
     - {name: surprise, clock: token, objective: {losses.recall.mse: 1.0}, rule: {lr_max: 0.5}, groups: [memory]}"""
 STEP_LEVEL = """
-    - {name: task, clock: step, objective: {losses.outer.next_token: 1.0}, optimizer: {name: sgd, lr: 0.1}, groups: [all]}
+    - {name: task, clock: step, objective: {losses.outer.next_token: 1.0},
+       optimizer: {name: sgd, lr: 0.1}, groups: [all]}
 """
 GROUPS = """
 hierarchy:

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from metamem.memory import signals
 from metamem.memory.component import (
+    Carry,
     Component,
+    Learner,
     Products,
     accumulate,
     advance,
     choose_weights,
     fire,
     term_weights,
-    weights_now,
 )
 from metamem.memory.dual import local_read
 from metamem.memory.level import TokenLevel
@@ -25,27 +26,16 @@ from metamem.memory.plan import Key, Plan, cut, objective_key, plan, unstack
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
 
-Carried = tuple[Tensor, Tensor, list[Component], Weights | None]
 
-
-def run(
-    network: Network,
-    levels: Sequence[TokenLevel],
-    span: Run,
-    writes: Writes,
-    queries: Tensor,
-    init: Weights | None,
-    components: list[Component],
-    anchor: Weights | None,
-    chunk: int,
-) -> Carried:
+def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], what is carried."""
+    network, levels, chunk = learner
     reads, surprises = [], []
     stacked = (cut(x, span).flatten(3, 4).unbind(2) for x in (writes.keys, writes.values, queries))
     lagging = all(level.period > 1 and level.period % chunk == 0 for level in levels)
     plans = unstack(plan(levels, writes.gates, span), len(span.segments))
     for segment, step, keys, values, asked in zip(span.segments, plans, *stacked, strict=True):
-        at = anchor = refresh(segment, anchor, init, components)
+        carry = carry._replace(anchor=(at := refresh(segment, carry)))
         # Where no level moves inside a chunk, reads see the weights of the signals: one pass serves both.
         together = torch.cat([keys, asked], -2) if lagging else keys
         forward = network.forward(together, lambda layer, a, at=at: a @ at[layer])
@@ -59,11 +49,10 @@ def run(
                 products[key] = Products(forward.inputs, network.backward(error, at, forward.preactivations))
         surprises.append(signals.value(levels[0].objectives, forward.output, values))
         if not lagging:
-            carried = term_weights(levels, init, components)
-            reads.append(read(network, step, asked, carried, products, queries.shape[3]))
-        components = move(levels, segment, step, components, products)
+            reads.append(read(network, step, asked, term_weights(levels, carry), products, queries.shape[3]))
+        carry = carry._replace(components=move(levels, segment, step, carry.components, products))
     read_out = torch.stack(reads, 2).unflatten(3, (span.length, -1)).flatten(2, 3)
-    return read_out, torch.stack(surprises, 2).unflatten(3, (span.length, -1)).flatten(2, 3), components, anchor
+    return read_out, torch.stack(surprises, 2).unflatten(3, (span.length, -1)).flatten(2, 3), carry
 
 
 def read(
@@ -111,11 +100,11 @@ def move(
     return moved
 
 
-def refresh(segment: Segment, anchor: Weights | None, init: Weights | None, components: list[Component]) -> Weights:
+def refresh(segment: Segment, carry: Carry) -> Weights:
     """The weights at which signals are computed: those of now, for rows that begin a chunk."""
-    if segment.refresh is None and anchor is not None:
-        return anchor
-    now = weights_now(init, components)
-    if not segment.refresh or anchor is None:
+    if segment.refresh is None and carry.anchor is not None:
+        return carry.anchor
+    now = carry.now()
+    if not segment.refresh or carry.anchor is None:
         return now
-    return choose_weights(torch.tensor(segment.refresh), now, anchor)
+    return choose_weights(torch.tensor(segment.refresh), now, carry.anchor)

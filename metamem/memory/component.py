@@ -18,7 +18,7 @@ from torch import Tensor
 from metamem.memory.decay import decay_add
 from metamem.memory.dual import outer_sum
 from metamem.memory.level import TokenLevel
-from metamem.memory.networks import Weights
+from metamem.memory.networks import Network, Weights
 from metamem.memory.plan import Step, delta_key, initial_key, term_keys
 from metamem.memory.schedule import Rows
 from metamem.state import align
@@ -41,6 +41,30 @@ class Component(NamedTuple):
     momentum: Weights | None
     pending: Weights | None
     keep: Float[Tensor, "batch heads"] | None
+
+
+class Learner(NamedTuple):
+    """What learns inside a memory: the network, the levels that move its weights, the chunk."""
+
+    network: Network
+    levels: tuple[TokenLevel, ...]
+    chunk: int
+
+
+class Carry(NamedTuple):
+    """What goes from segment to segment: W_init (None where it is folded into a component), the components, and the
+    anchor, the weights at which the signals of the chunk are computed (None for token signals)."""
+
+    init: Weights | None
+    components: list[Component]
+    anchor: Weights | None
+
+    def now(self) -> Weights:
+        """`keep W_init + Σ Δ`, per layer: [batch, heads, d_in, d_out]."""
+        summands = [component.delta for component in self.components]
+        if self.init is not None:
+            summands.insert(0, _initial(self.init, self.components))
+        return _sum(summands)
 
 
 class Products(NamedTuple):
@@ -137,21 +161,13 @@ def _shift(component: Component, init: Weights, sign: float) -> Component:
     return component._replace(delta=moved)
 
 
-def weights_now(init: Weights | None, components: Sequence[Component]) -> Weights:
-    """`keep W_init + Σ Δ`, per layer: [batch, heads, d_in, d_out]."""
-    summands = [component.delta for component in components]
-    if init is not None:
-        summands.insert(0, _initial(init, components))
-    return _sum(summands)
-
-
-def term_weights(levels: Sequence[TokenLevel], init: Weights | None, components: Sequence[Component]) -> list[Weights]:
+def term_weights(levels: Sequence[TokenLevel], carry: Carry) -> list[Weights]:
     """The summands of a token's weights, in the order of `Plan.terms`: carried Δ and S, and W_init, those of equal
     share added up."""
     summands: dict[tuple[str, ...], list[Weights]] = {key: [] for key in term_keys(levels)}
-    if init is not None:
-        summands[initial_key(levels)].append(_initial(init, components))
-    for level, component in zip(levels, components, strict=True):
+    if carry.init is not None:
+        summands[initial_key(levels)].append(_initial(carry.init, carry.components))
+    for level, component in zip(levels, carry.components, strict=True):
         summands[delta_key(level)].append(component.delta)
         if level.period == 1 and component.momentum is not None:
             summands[level.name, "momentum"].append(component.momentum)

@@ -18,11 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metamem.memory import signals
-from metamem.memory.chunkwise import Carried, move
-from metamem.memory.component import Component, Products, term_weights
+from metamem.memory.chunkwise import move
+from metamem.memory.component import Carry, Learner, Products, term_weights
 from metamem.memory.dual import before
 from metamem.memory.level import TokenLevel
-from metamem.memory.networks import Network, Weights
 from metamem.memory.plan import Key, Plan, cut, objective_key, plan, unstack
 from metamem.memory.schedule import Run
 from metamem.memory.writer import Writes
@@ -30,18 +29,9 @@ from metamem.memory.writer import Writes
 Keys = Float[Tensor, "batch heads segments writes d_key"]
 
 
-def run(
-    network: Network,
-    levels: Sequence[TokenLevel],
-    span: Run,
-    writes: Writes,
-    queries: Tensor,
-    init: Weights | None,
-    components: list[Component],
-    anchor: Weights | None,
-    chunk: int,
-) -> Carried:
+def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`, with every signal at the weights of its own token."""
+    levels = learner.levels
     stacked = plan(levels, writes.gates, span)
     keys, values = cut(writes.keys, span).flatten(3, 4), cut(writes.values, span).flatten(3, 4)
     asked = cut(queries, span).flatten(3, 4)
@@ -51,11 +41,11 @@ def run(
     pieces = (x.unbind(2) for x in (keys, solved_keys, solved_values))
     plans = unstack(stacked, len(span.segments))
     for segment, step, key, solved_key, solved_value in zip(span.segments, plans, *pieces, strict=True):
-        carried = (weights[0] for weights in term_weights(levels, init, components))
+        carried = (weights[0] for weights in term_weights(levels, carry))
         seen.append(torch.cat(torch.broadcast_tensors(*carried), -2))  # W_init alone has no batch
         errors.append(solved_key @ seen[-1] - solved_value)
         products = {name: Products([key], [scale * errors[-1]]) for name, scale in scales.items()}
-        components = move(levels, segment, step, components, products)
+        carry = carry._replace(components=move(levels, segment, step, carry.components, products))
     error = torch.stack(errors, 2)
     surprise = signals.value(levels[0].objectives, error + values, values)
     reads = _shared([term.after for term in stacked.terms], asked, queries.shape[3]) @ torch.stack(seen, 2)
@@ -63,7 +53,7 @@ def run(
         strength = _strength(stacked.strengths, scales).repeat_interleave(queries.shape[3], -2)
         reads = reads - (strength * (asked @ keys.mT)) @ error
     shape = (span.length, -1)
-    return reads.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), components, anchor
+    return reads.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), carry
 
 
 def solve(stacked: Plan, scales: dict[Key, float], keys: Keys, values: Tensor, writers: int) -> tuple[Tensor, Tensor]:

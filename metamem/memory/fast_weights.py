@@ -13,7 +13,8 @@ reference), `vmap_grad` (token by token, gradients by torch.func).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypedDict
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from metamem.memory import chunkwise, delta_rule, recurrence
 from metamem.memory.base import Memory, Out
 from metamem.memory.component import (
+    Carry,
+    Learner,
     LevelState,
     by_layer,
     fold,
@@ -31,20 +34,15 @@ from metamem.memory.component import (
     in_order,
     to_state,
     unfold,
-    weights_now,
 )
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import ACTIVATIONS, Network, Weights
 from metamem.memory.reader import Reader
 from metamem.memory.schedule import Run, schedule
-from metamem.memory.writer import Writer
+from metamem.memory.writer import Writer, Writes
 from metamem.state import State
 
-EXECUTORS = {
-    "dual": None,
-    "recurrence": recurrence.written_out,
-    "vmap_grad": recurrence.vmap_grad,
-}
+Executor = Callable[[Learner, Run, Writes, Tensor, Carry], tuple[Tensor, Tensor, Carry]]
 
 
 class FastWeightsState(TypedDict, total=False):
@@ -123,20 +121,19 @@ class FastWeights(Memory):
             components = [from_state(state["levels"][level.name]) for level in self.levels]
             rest, components = fold(self.levels, init, components)
             anchor = in_order(state["anchor"]) if "anchor" in state else None
-            run = EXECUTORS[self.executor] or self._dual()
+            carry = Carry(rest, components, anchor)
+            learner, run = Learner(self.network, self.levels, self.chunk), self._executor()
             reads, surprises = [], []
             for span in self._schedule(positions, x.shape[1]):
-                read, surprise, components, anchor = run(
-                    self.network, self.levels, span, writes, queries, rest, components, anchor, self.chunk
-                )
+                read, surprise, carry = run(learner, span, writes, queries, carry)
                 reads.append(read)
                 surprises.append(surprise)
-            components = unfold(self.levels, init, components)
+            components = unfold(self.levels, init, carry.components)
             after: State = {"position": state["position"] + x.shape[1]}
             named = zip(self.levels, components, strict=True)
             after["levels"] = {level.name: to_state(level, component) for level, component in named}
-            if anchor is not None and self.signal_at == "chunk":
-                after["anchor"] = by_layer(anchor)
+            if carry.anchor is not None and self.signal_at == "chunk":
+                after["anchor"] = by_layer(carry.anchor)
         y = self.reader(torch.cat(reads, 2))
         return Out(y, after, {"surprise": torch.cat(surprises, 2).mean((1, 3))})
 
@@ -148,7 +145,8 @@ class FastWeights(Memory):
         """What the weights of now hold for x; the state is unchanged."""
         with torch.autocast(x.device.type, enabled=False):
             init = self._init()
-            weights = weights_now(init, [from_state(state["levels"][level.name]) for level in self.levels])
+            components = [from_state(state["levels"][level.name]) for level in self.levels]
+            weights = Carry(init, components, None).now()
             queries = self.reader.query(x.to(self.init[0].dtype), init[0].dtype)
             recalled = self.network.forward(queries.flatten(2, 3), lambda layer, a: a @ weights[layer]).output
         return self.reader(recalled.unflatten(2, queries.shape[2:4])), state
@@ -158,8 +156,12 @@ class FastWeights(Memory):
         dtype = torch.promote_types(self.init[0].dtype, torch.float32)
         return [weight.to(dtype) for weight in self.init]
 
-    def _dual(self):
-        """The dual form of this memory. A deep network with token signals has chunks of one token."""
+    def _executor(self) -> Executor:
+        if self.executor == "recurrence":
+            return partial(recurrence.run, recurrence.written_out)
+        if self.executor == "vmap_grad":
+            return partial(recurrence.run, recurrence.vmap_grad)
+        # A deep network with token signals has chunks of one token.
         return delta_rule.run if self.signal_at == "token" and self.network.depth == 1 else chunkwise.run
 
     def _schedule(self, positions: Sequence[int], tokens: int) -> list[Run]:

@@ -12,15 +12,14 @@ A level of period P sums its products and moves after the read of its boundary t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
 from metamem.memory import signals
-from metamem.memory.component import Component, choose_rows, choose_weights, weights_now
-from metamem.memory.level import TokenLevel
+from metamem.memory.component import Carry, Component, Learner, choose_rows, choose_weights
 from metamem.memory.networks import Network, Weights
 from metamem.memory.schedule import Rows, Run
 from metamem.memory.signals import Objectives
@@ -30,34 +29,17 @@ from metamem.memory.writer import Gates, Writes
 Gradient = Callable[[Network, Objectives, Weights, Tensor, Tensor, Tensor], Weights]
 
 
-def written_out(*arguments, **keywords):
-    """The recurrence with the written-out signals."""
-    return _run(_written_out, *arguments, **keywords)
-
-
-def vmap_grad(*arguments, **keywords):
-    """The recurrence with gradients by torch.func."""
-    return _run(_vmap_grad, *arguments, **keywords)
-
-
-def _run(
-    gradient: Gradient,
-    network: Network,
-    levels: Sequence[TokenLevel],
-    span: Run,
-    writes: Writes,
-    queries: Tensor,
-    init: Weights | None,
-    components: list[Component],
-    anchor: Weights | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, list[Component], Weights | None]:
+def run(
+    gradient: Gradient, learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry
+) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`; without an anchor every token's signal is computed at the weights of that token."""
+    network, levels, _ = learner
     reads, surprises = [], []
-    components = list(components)
+    components, anchor = list(carry.components), carry.anchor
+    carry = carry._replace(components=components)
     for segment in span.segments:
         for token in range(segment.start, segment.start + segment.length):
-            now = weights_now(init, components)
+            now = carry.now()
             if anchor is None:
                 at = now
             else:
@@ -75,7 +57,7 @@ def _run(
                     before = components[index].pending or [torch.zeros_like(product) for product in products]
                     pending = [a - b for a, b in zip(before, products, strict=True)]
                     components[index] = components[index]._replace(pending=pending)
-            now = weights_now(init, components)
+            now = carry.now()
             asked = queries[:, :, token]
             reads.append(network.forward(asked, lambda layer, a, now=now: a @ now[layer]).output)
         for index, level in enumerate(levels):
@@ -86,7 +68,7 @@ def _run(
                 fired = _apply(before, [-step for step in pending], gates, last)
                 fired = fired._replace(pending=[torch.zeros_like(step) for step in pending])
                 components[index] = choose_rows(rows, fired, before) if rows else fired
-    return torch.stack(reads, 2), torch.stack(surprises, 2), components, anchor
+    return torch.stack(reads, 2), torch.stack(surprises, 2), carry._replace(anchor=anchor)
 
 
 def _apply(component: Component, products: Weights, gates: Gates, token: int) -> Component:
@@ -107,18 +89,21 @@ def _anchored(rows: Rows, now: Weights, anchor: Weights) -> Weights:
     return choose_weights(torch.tensor(rows), now, anchor) if rows else now
 
 
-def _written_out(
+def written_out(
     network: Network, objectives: Objectives, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
 ) -> Weights:
+    """Per layer `Σ_w rate in ⊗ δ`, δ by the written-out backpropagation."""
     forward = network.forward(key, lambda layer, a: a @ weights[layer])
     error = signals.output_error(objectives, forward.output, value)
     deltas = network.backward(error, weights, forward.preactivations)
     return [(rate.unsqueeze(-1) * a).mT @ delta for a, delta in zip(forward.inputs, deltas, strict=True)]
 
 
-def _vmap_grad(
+def vmap_grad(
     network: Network, objectives: Objectives, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
 ) -> Weights:
+    """The same by torch.func: the gradient of Σ_w rate · objective."""
+
     def loss(weights: Weights, key: Tensor, value: Tensor, rate: Tensor) -> Tensor:
         recalled = network.forward(key, lambda layer, a: a @ weights[layer]).output
         return (rate * signals.value(objectives, recalled, value)).sum()
