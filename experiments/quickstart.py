@@ -39,7 +39,7 @@ from metamem.analysis import Claim, Study, open_study, stream_figure
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 OURS, BASELINE = "quickstart", "quickstart_memoryless"
-SGD_RATES = (0.03, 0.1, 0.3, 1.0)
+SGD_RATES = (0.03, 0.06, 0.1, 0.2)
 SMOKE = ("training.steps=4", "training.batch=2", "training.length=128", "vars.dim=32", "vars.blocks=1")
 
 

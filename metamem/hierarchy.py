@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metamem.config import Config, LevelConfig, OptimizerConfig, ownership, resolve_objectives
+from metamem.config import Config, LevelConfig, OptimizerConfig, UserError, ownership, resolve_objectives
 from metamem.globs import match_names
 from metamem.memory.base import Out
 from metamem.memory.level import TokenLevel
@@ -116,7 +116,7 @@ class InnerLoop:
         self.transforms = {level.name: _direction(level.optimizer) for level in levels}
         periods = sorted({level.period for level in levels})
         if any(slow % periods[0] for slow in periods):
-            raise ValueError(f"the periods of inner levels must be multiples of the fastest: {periods}")
+            raise UserError(f"the periods of inner levels must be multiples of the fastest: {periods}")
         self.piece = min(periods, default=None)
 
     def init(self) -> dict[str, InnerState]:

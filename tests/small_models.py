@@ -66,7 +66,8 @@ GROUPS = """
 hierarchy:
   groups:
     all: {match: "**"}
-    middle: {match: ["mlp.**", "norm.**"], scope: stream}%s
+    middle: {match: ["mlp.**", "norm.**"], scope: stream}
+    ends: {match: "head.**", scope: stream}%s
   levels:"""
 MEMORY_GROUP = """
     memory: {match: "memory.init.**", scope: sample}"""

@@ -5,7 +5,7 @@ import copy
 import higher
 import pytest
 import torch
-from small_models import GROUPS, STEP_LEVEL, TINY, brier, close, config_of, inner_level, recurrent, shaken, tiny
+from small_models import GROUPS, STEP_LEVEL, TINY, brier, close, config_of, inner_level, named, recurrent, shaken, tiny
 from torch import nn
 from torch.func import functional_call
 
@@ -84,6 +84,10 @@ def loop_of(config):
     return model, InnerLoop(model, inner_levels(config, model))
 
 
+def outer_losses(loop, inputs, targets):
+    return next_token(loop.run(inputs, targets).y, targets)
+
+
 def gradients(model, losses):
     of = dict(model.named_parameters())
     found = torch.autograd.grad(losses.square().mean(), list(of.values()), allow_unused=True, materialize_grads=True)
@@ -107,7 +111,7 @@ def test_the_inner_loop_is_its_unroll_in_loss_and_outer_gradient(optimizer, lear
     model, loop = loop_of(config)
     rates = model.get_parameter("inner_rates.stream").exp() if learned else [rate] * 3
     expected = unrolled(model, *batch, OPTIMIZERS[optimizer], 2, rates)
-    losses = loop.run(*batch, {next_token: 1.0})
+    losses = outer_losses(loop, *batch)
     close({"loss": losses}, {"loss": expected})
     mine = gradients(model, losses)
     close(mine, gradients(model, expected))
@@ -117,7 +121,7 @@ def test_the_inner_loop_is_its_unroll_in_loss_and_outer_gradient(optimizer, lear
 def test_a_memory_and_an_attention_carry_through_the_inner_updates(batch):
     model, loop = loop_of(recurrent(inner_level(objective="{small_models.brier: 2.0}")))
     expected = unrolled(model, *batch, sgd(0.0, 0.0), 2, [0.3] * 3, objective=lambda y, t: 2 * brier(y, t))
-    losses = loop.run(*batch, {next_token: 1.0})
+    losses = outer_losses(loop, *batch)
     close({"loss": losses}, {"loss": expected})
     close(gradients(model, losses), gradients(model, expected))
 
@@ -126,7 +130,7 @@ def test_a_memory_and_an_attention_carry_through_the_inner_updates(batch):
 def test_the_outer_gradient_is_cut_every_unroll_updates(unroll, batch):
     optimizer = "{name: sgd, lr: 0.2, momentum: 0.7}"
     model, loop = loop_of(tiny(inner_level(unroll=unroll, optimizer=optimizer)))
-    losses = loop.run(*batch, {next_token: 1.0})
+    losses = outer_losses(loop, *batch)
     mine = gradients(model, losses)
     cut, whole = (unrolled(model, *batch, sgd(0.7, 0.0), 2, [0.2] * 3, cut=n) for n in (unroll, None))
     close({"loss": losses}, {"loss": whole})
@@ -149,7 +153,7 @@ class Plain(nn.Module):
 def test_the_outer_gradient_is_that_of_higher(batch):
     inner = inner_level(optimizer="{name: sgd, lr: 0.2, momentum: 0.7}", groups="[all]")
     model, loop = loop_of(tiny(inner))
-    losses = loop.run(*batch, {next_token: 1.0})
+    losses = outer_losses(loop, *batch)
     mine = gradients(model, losses)
 
     plain = Plain(model)
@@ -171,7 +175,7 @@ def test_the_second_order_gradient_is_that_of_finite_differences(batch):
     model, loop = loop_of(recurrent(inner_level(optimizer=optimizer)))
 
     def outer():
-        return loop.run(*batch, {next_token: 1.0}).mean()
+        return outer_losses(loop, *batch).mean()
 
     for name in ("inner_rates.stream", "mlp.up.weight", "memory.writer.project.weight", "embed.weight"):
         parameter = next((p for n, p in model.named_parameters() if n == name), None)
@@ -193,10 +197,9 @@ def test_the_second_order_gradient_is_that_of_finite_differences(batch):
 def test_two_inner_levels_move_their_own_weights_on_their_own_clocks(batch):
     config = tiny(
         inner_level("quick", groups="[middle]") + inner_level("slow", period=4, groups="[ends]"),
-        "hierarchy.groups.ends.match=head.**",
     )
     model, loop = loop_of(config)
-    losses = loop.run(*batch, {next_token: 1.0})
+    losses = outer_losses(loop, *batch)
 
     inputs, targets = batch
     parameters = dict(model.named_parameters())
@@ -219,14 +222,14 @@ def test_two_inner_levels_move_their_own_weights_on_their_own_clocks(batch):
 def test_updates_happen_at_the_boundaries_of_the_period_and_see_only_the_tokens_in_it(batch):
     inputs, targets = batch
     model, loop = loop_of(tiny(inner_level(period=3, optimizer="{name: sgd, lr: 1.0}")))
-    losses = loop.run(inputs, targets, {next_token: 1.0})
+    losses = outer_losses(loop, inputs, targets)
     still = next_token(model(inputs).y, targets)
     torch.testing.assert_close(losses[:, :3], still[:, :3])
     assert (losses - still)[:, 3:].abs().amax(0).gt(1e-6).all()
     for t in range(TIME):  # the tiny model has no memory: what a token changes later, it changes by an update
         changed = targets.clone()
         changed[:, t] = (changed[:, t] + 1) % VOCABULARY
-        moved = (loop.run(inputs, changed, {next_token: 1.0}) - losses).abs().amax(0) > 1e-12
+        moved = (outer_losses(loop, inputs, changed) - losses).abs().amax(0) > 1e-12
         boundary = 3 * (t // 3 + 1)
         assert moved.tolist() == [i == t or i >= boundary for i in range(TIME)]
 
@@ -234,15 +237,20 @@ def test_updates_happen_at_the_boundaries_of_the_period_and_see_only_the_tokens_
 def test_a_sequence_of_one_period_learns_nothing_within_it(batch):
     inputs, targets = batch
     model, loop = loop_of(tiny(inner_level(period=TIME)))
-    torch.testing.assert_close(loop.run(inputs, targets, {next_token: 1.0}), next_token(model(inputs).y, targets))
+    torch.testing.assert_close(outer_losses(loop, inputs, targets), next_token(model(inputs).y, targets))
 
 
 def test_without_inner_levels_the_loop_is_one_forward(batch):
-    inputs, targets = batch
     model = shaken(recurrent())
-    losses = InnerLoop(model, []).run(inputs, targets, {next_token: 0.5, brier: 2.0})
-    y = model(inputs).y
-    torch.testing.assert_close(losses, 0.5 * next_token(y, targets) + 2 * brier(y, targets))
+    out, whole = InnerLoop(model, []).run(*batch), model(batch[0])
+    close(named(out.y, out.state) | out.aux, named(whole.y, whole.state) | whole.aux)
+
+
+def test_the_loop_gives_the_state_and_the_measures_of_all_its_pieces(batch):
+    model, loop = loop_of(recurrent(inner_level(optimizer="{name: sgd, lr: 0.0}")))
+    out, whole = loop.run(*batch), model(batch[0])
+    close(named(out.y, out.state) | out.aux, named(whole.y, whole.state) | whole.aux)
+    assert list(out.aux) == ["memory.surprise"] and out.aux["memory.surprise"].shape == (3, TIME)
 
 
 def test_any_module_that_gives_an_out_can_learn_inside(batch):
@@ -256,7 +264,7 @@ def test_any_module_that_gives_an_out_can_learn_inside(batch):
 
     model = Lookup()
     level = inner_levels(tiny(inner_level(groups="[all]")), model)
-    losses = InnerLoop(model, level).run(*batch, {next_token: 1.0})
+    losses = outer_losses(InnerLoop(model, level), *batch)
     assert level[0].members == ("table",) and torch.autograd.grad(losses.sum(), model.table)[0].isfinite().all()
 
 
@@ -293,7 +301,7 @@ def test_a_learned_rate_that_no_gradient_reaches_is_refused(unroll):
 
 
 def test_an_inner_level_that_matches_no_parameter_is_refused():
-    config = tiny(inner_level(groups="[nothing]"), "hierarchy.groups.nothing.match=tail.**")
+    config = tiny(inner_level(), "hierarchy.groups.middle.match=tail.**")
     with pytest.raises(ConfigError, match=r"levels\[0\] \(stream\).groups: no parameter is in the groups of the inner"):
         build(config)
 
@@ -301,7 +309,6 @@ def test_an_inner_level_that_matches_no_parameter_is_refused():
 def test_periods_that_do_not_divide_one_another_are_refused():
     config = tiny(
         inner_level("quick", groups="[middle]") + inner_level("slow", period=3, groups="[ends]"),
-        "hierarchy.groups.ends.match=head.**",
     )
     with pytest.raises(UserError, match=r"the periods of inner levels must be multiples of the fastest: \[2, 3\]"):
         loop_of(config)

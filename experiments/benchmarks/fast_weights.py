@@ -189,9 +189,10 @@ def run_all(study: Study, rounds: int, repeats: int) -> dict[tuple[str, int, boo
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-            new = json.loads(done.stdout.splitlines()[-1])
+            new: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
             old = results.get(key, new)
-            results[key] = {what: (max if what == "peak" else min)(old[what], new[what]) for what in new}
+            best_of = {"peak": max}
+            results[key] = {what: best_of.get(what, min)(old[what], value) for what, value in new.items()}
     print(" " * 100, end="\r")
     return results
 

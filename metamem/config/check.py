@@ -128,8 +128,11 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
             )
     if level.clock == "step" and level.unroll is not None:
         raise (where / "unroll").error("is for inner levels: no gradient flows through outer steps")
-    if level.unroll == 0 and level.optimizer is not None and level.optimizer.lr == "learned":
-        raise where.at("optimizer", "lr").error("nothing learns this rate: with unroll 0 no outer gradient reaches it")
+    if level.unroll in (0, 1) and level.optimizer is not None and level.optimizer.lr == "learned":
+        # The cut comes right after the update: with unroll 1 no loss sees the rate of any.
+        raise where.at("optimizer", "lr").error(
+            f"nothing learns this rate: with unroll {level.unroll} no outer gradient reaches it"
+        )
     if (optimizer := level.optimizer) is not None:
         if level.clock == "step" and optimizer.lr == "learned":
             raise where.at("optimizer", "lr").error("a step level's rate must be a number: no level learns it")

@@ -51,7 +51,7 @@ class TokenLevel:
             ("momentum", self.momentum, 1),
             ("forget", self.forget, 1),
         ):
-            if value != "learned" and not 0 <= value < below:
+            if value != "learned" and (isinstance(value, str) or not 0 <= value < below):
                 raise ValueError(f"level {self.name!r}: {gate} must be 'learned' or in [0, {below}), not {value!r}")
 
     @property

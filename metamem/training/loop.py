@@ -85,6 +85,7 @@ def train(
             losses = outer.backward(lambda objectives, y=out.y, t=targets: loss_per_token(objectives, y, t).mean())
             _check_finite(losses, step, folder, saved, "loss")
             norms = outer.step(step, _schedule(config, step), settings.gradient_clip)
+            _check_finite(norms, step, folder, saved, "gradient")
             seconds = time.perf_counter() - started
             rate = step * inputs.numel() / seconds
             if step % settings.log_every == 0 or step == settings.steps:
@@ -94,10 +95,11 @@ def train(
                 metrics.log(kind="train", step=step, seconds=round(seconds, 3), tokens_per_second=round(rate), **row)
             if progress is not None:
                 progress(Progress(step, settings.steps, losses, rate))
-            if interrupted or step == settings.steps or step % settings.checkpoint_every == 0:
+            stop = bool(interrupted)  # asked once: a key pressed later stops the next step, with its checkpoint
+            if stop or step == settings.steps or step % settings.checkpoint_every == 0:
                 save_checkpoint(model, config, step, folder / CHECKPOINT)
                 saved = step
-            if interrupted:
+            if stop:
                 break
     metrics.close()
     return Trained(model, folder, step, time.perf_counter() - started, bool(interrupted))
