@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from metamem.config import Config, UserError, resolve_objectives
-from metamem.hierarchy import InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
+from metamem.hierarchy import InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
 from metamem.memory.fast_weights import FastWeights
 from metamem.network import Network
 from metamem.state import State, check_like, load_state, save_state, state_bytes, tree_map
@@ -75,7 +75,7 @@ class Session:
         self.last: Tensor | None = None
         self.state = self.model.init_state(self.batch)
         self.inner = {name: leaf_state(state) for name, state in self.loop.init().items()}
-        self.gradients: dict[str, list[Tensor]] = {}
+        self.gradients = {level.name: self._no_gradient(level) for level in self.loop.levels}
 
     def observe(self, tokens: Int[Tensor, "batch tokens"]) -> Observed:
         """Reads tokens: their losses, each given all before it, and the updates that their levels made.
@@ -83,7 +83,7 @@ class Session:
         Gradients are cut at the ends of calls: to get the same numbers from any split, feed multiples of the period.
         Raises UserError where a loss is not finite; the session is then as it was before the piece.
         """
-        losses, updates, start = [], 0, 0
+        losses, updates, start = [torch.empty(tokens.shape[0], 0)], 0, 0
         while start < tokens.shape[1]:
             piece = tokens[:, start : start + self._room()]
             losses.append(self._observe_piece(piece))
@@ -120,29 +120,29 @@ class Session:
         return min((clock - self.position % clock for clock in clocks), default=1 << 62)
 
     def _observe_piece(self, piece: Tensor) -> Tensor:
+        state, last = self.state, self.last
         if self.reset_every and self.position % self.reset_every == 0:
-            self.state, self.last = self.model.init_state(self.batch), None
-        inputs = piece[:, :-1] if self.last is None else torch.cat([self.last, piece[:, :-1]], 1)
-        targets = piece[:, 1:] if self.last is None else piece
-        first = [torch.full((piece.shape[0], 1), math.log(self.model.dim_out or 1))] if self.last is None else []
+            state, last = self.model.init_state(self.batch), None
+        inputs = piece[:, :-1] if last is None else torch.cat([last, piece[:, :-1]], 1)
+        targets = piece[:, 1:] if last is None else piece
+        first = [torch.full((piece.shape[0], 1), math.log(self.model.dim_out or 1))] if last is None else []
         if inputs.shape[1] == 0:
-            losses, after, grads = torch.cat(first, 1), self.state, {}
+            losses, after, grads = torch.cat(first, 1), state, {}
         else:
-            losses, after, grads = self._predict(inputs, targets)
+            losses, after, grads = self._predict(inputs, targets, state)
             losses = torch.cat([*first, losses], 1)
         if not torch.isfinite(losses).all():
             raise UserError(f"token {self.position}: the loss is not finite; the session stays as it was before it")
         for name, gradient in grads.items():
-            kept = self.gradients.get(name)
-            self.gradients[name] = gradient if not kept else [a + b for a, b in zip(kept, gradient, strict=True)]
+            self.gradients[name] = [a + b for a, b in zip(self.gradients[name], gradient, strict=True)]
         self.state, self.last = after, piece[:, -1:]
         self.position += piece.shape[1]
         return losses
 
-    def _predict(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, State, dict[str, list[Tensor]]]:
+    def _predict(self, inputs: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State, dict[str, list[Tensor]]]:
         """Losses, the state after, and per level the gradient of its summed objective."""
         with torch.set_grad_enabled(bool(self.loop.levels)), writing(self.model, self.writing):
-            out = functional_call(self.model, self.loop.parameters(self.inner), (inputs, self.state))
+            out = functional_call(self.model, self.loop.parameters(self.inner), (inputs, state))
             losses = loss_per_token(self.objectives, out.y, targets)
             gradients = {}
             for index, level in enumerate(self.loop.levels):
@@ -151,27 +151,30 @@ class Session:
                 more = index + 1 < len(self.loop.levels)
                 found = torch.autograd.grad(total, wanted, retain_graph=more, materialize_grads=True)
                 gradients[level.name] = list(found)
-        return losses.detach(), tree_map(Tensor.detach, out.state), gradients
+        return losses.detach(), tree_map(_settled, out.state), gradients
 
     def _learn(self) -> int:
         """The levels whose period ends here take their step on the mean gradient of the period."""
         made = 0
         for level in self.loop.levels:
             if self.position % level.period == 0:
-                mean = [gradient / (level.period * self.batch) for gradient in self.gradients.pop(level.name)]
+                mean = [gradient / (level.period * self.batch) for gradient in self.gradients[level.name]]
                 self.inner[level.name] = leaf_state(self.loop.apply(level, self.inner[level.name], mean))
+                self.gradients[level.name] = self._no_gradient(level)
                 made += 1
         return made
+
+    def _no_gradient(self, level: InnerLevel) -> list[Tensor]:
+        return [torch.zeros_like(value) for value in self.inner[level.name].fast.values()]
 
     def _carried(self) -> State:
         levels: State = {}
         for level in self.loop.levels:
             state = self.inner[level.name]
-            gradients = self.gradients.get(level.name) or [torch.zeros_like(value) for value in state.fast.values()]
             levels[level.name] = {
                 "fast": {name: value.detach() for name, value in state.fast.items()},
                 "optimizer": _numbered(optree.tree_leaves(state.optimizer)),
-                "gradients": _numbered(gradients),
+                "gradients": _numbered(self.gradients[level.name]),
                 "updates": torch.tensor(state.updates),
             }
         return {"state": self.state, "levels": levels, "last": {} if self.last is None else {"token": self.last}}
@@ -189,6 +192,12 @@ def writing(model: Network, on: bool) -> Iterator[None]:
     finally:
         for memory, was in zip(memories, before, strict=True):
             memory.writing = was
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    # No view into a longer buffer: that would keep it alive, and the last bits of a product depend on how its operands
+    # lie in memory, but a loaded session must go on as the one that was saved.
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @app.callback()
 def main() -> None:
-    # The user's own objectives and modules lie in the current folder. Last on the path: a `losses/` there must not
-    # shadow ours.
+    """Make the user's own objectives and modules in the current folder importable."""
+    # Last on the path: a `losses/` there must not shadow ours.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
@@ -57,6 +57,15 @@ def register_shipped() -> None:
     """Fill the registries with what ships. Late, since it imports torch, which a `--help` should not wait for."""
     for module in ("metamem.network", "metamem.tasks"):
         importlib.import_module(module)
+
+
+def check_writable(path: Path) -> None:
+    """Raise a `UserError` before the work where its result could not be written after it."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: cannot be written: {folder} is no folder that can be written to")
 
 
 def load_checked(path: Path, overrides: list[str] | None) -> Config:
@@ -107,6 +116,8 @@ def adapt(
     from metamem.training import load_run
 
     register_shipped()
+    if save_state is not None:
+        check_writable(save_state)
     model, config = load_run(run)
     stream = load_text(text)
     session = Session(model, config, inner=not frozen, writing=not frozen)

@@ -191,7 +191,7 @@ class _Builder:
                 globs = [glob for level, _ in self.levels for group in level.groups for glob in groups[group].match]
                 raise where.error(
                     f"no token level names the weights of this memory, {path}.init.*; "
-                    f"the globs of the token levels are {', '.join(globs) or 'none'}"
+                    f"the globs of the token levels are {', '.join(dict.fromkeys(globs)) or 'none'}"
                 )
             return MODULES.build(kind, options, where, levels=levels)
         options = MODULES.check(kind, options, where)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import UInt8
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metamem.adaptation import Session
 from metamem.training import Progress as Step
+from metamem.training.loop import interruptible
 
 ROWS = 16  # of a stream's table
 
@@ -32,10 +33,13 @@ def training_bar() -> Iterator[Callable[[Step], None]]:
         TextColumn("{task.fields[bits]} bits/token, {task.fields[rate]} tokens/s,"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("train", total=None, bits="-", rate="-")
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("train", total=None, bits="-", rate="-")
+    with ExitStack() as shown:
 
         def show(step: Step) -> None:
+            if not bar.live.is_started:  # not before: an error before the first step is one line, without a bar
+                shown.enter_context(bar)
             bits = next(iter(step.losses.values())) / math.log(2)
             rate = f"{step.tokens_per_second:,.0f}"
             bar.update(task, total=step.steps, completed=step.step, bits=f"{bits:.3f}", rate=rate)
@@ -52,20 +56,22 @@ def stream_table(session: Session, stream: UInt8[Tensor, "bytes"], title: str) -
     every = max(piece, math.ceil(len(stream) / ROWS / piece) * piece)
     losses, updates, started, stopped = [], 0, time.perf_counter(), False
     console = Console() if sys.stdout.isatty() else Console(width=100)
-    with Live(table, console=console, refresh_per_second=4):
-        try:
-            for start in range(0, len(stream), piece):
-                observed = session.observe(stream[None, start : start + piece].long())
-                losses.append(observed.losses)
-                updates += observed.updates
-                read = min(start + piece, len(stream))
-                if read % every == 0 or read == len(stream):
-                    here = torch.cat(losses, 1)[0] / math.log(2)
-                    rate = f"{read / (time.perf_counter() - started):,.0f}"
-                    last = here[-every:].mean()
-                    table.add_row(f"{read:,}", f"{last:.3f}", f"{here.mean():.3f}", str(updates), rate)
-        except KeyboardInterrupt:
-            stopped = True
-            table.caption = f"stopped after {session.position:,} bytes"
+    with Live(table, console=console, refresh_per_second=4), interruptible() as pressed:
+        for start in range(0, len(stream), piece):
+            observed = session.observe(stream[None, start : start + piece].long())
+            losses.append(observed.losses)
+            updates += observed.updates
+            read = min(start + piece, len(stream))
+            stopped = bool(pressed) and read < len(stream)
+            if read % every == 0 or read == len(stream) or stopped:
+                here = torch.cat(losses, 1)[0] / math.log(2)
+                rate = f"{read / (time.perf_counter() - started):,.0f}"
+                last = here[-every:].mean()
+                table.add_row(f"{read:,}", f"{last:.3f}", f"{here.mean():.3f}", str(updates), rate)
+            if stopped:
+                table.caption = f"stopped after {session.position:,} bytes"
+                break
+    if not console.is_terminal:  # there, the table has ended its line
+        console.print()
     console.print(f"state: {session.state_bytes:,} bytes")
     return stopped

@@ -124,7 +124,10 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
             metadata = cast(dict[str, str], dict(file.metadata() or {}))
             there = set(file.keys())  # safetensors sorts them: the order, and empty dicts, are in the metadata
             keys = json.loads(metadata.pop("keys"))
-            flat: dict[str, Tensor | None] = {key: file.get_tensor(key) if key in there else None for key in keys}
+            # Cloned: a file's tensors are not aligned as torch's own, and products differ by it in their last bits.
+            flat: dict[str, Tensor | None] = {
+                key: file.get_tensor(key).clone() if key in there else None for key in keys
+            }
     except FileNotFoundError:
         raise StateError(f"{path}: no such state file; write one with --save-state") from None
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:

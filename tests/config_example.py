@@ -65,8 +65,12 @@ def network(modules: dict, connections: list, repeat: int | None = None) -> nn.M
     return nn.ModuleList(nn.ModuleDict({"memory": fast_weights(8)}) for _ in range(repeat or 1))
 
 
-def reading(train: tuple[str, ...] = ("web",)) -> None:
-    return None
+class reading:  # noqa: N801
+    def __init__(self, train: tuple[str, ...] = ("web",)) -> None:
+        self.train = train
+
+    def describe(self) -> str:
+        return f"train: {', '.join(self.train)}"
 
 
 @contextmanager

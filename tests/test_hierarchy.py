@@ -177,10 +177,8 @@ def test_the_second_order_gradient_is_that_of_finite_differences(batch):
     def outer():
         return outer_losses(loop, *batch).mean()
 
-    for name in ("inner_rates.stream", "mlp.up.weight", "memory.writer.project.weight", "embed.weight"):
-        parameter = next((p for n, p in model.named_parameters() if n == name), None)
-        if parameter is None:  # a memory may name its parts otherwise
-            name, parameter = next((n, p) for n, p in model.named_parameters() if n.startswith("memory.writer"))
+    for name in ("inner_rates.stream", "mlp.up.weight", "memory.init.0", "attention.project.weight", "embed.weight"):
+        parameter = model.get_parameter(name)
         slope = torch.autograd.grad(outer(), parameter)[0].flatten()
         direction = torch.randn_like(slope)
         values = []

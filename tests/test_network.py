@@ -342,7 +342,8 @@ def test_a_levels_settings_reach_the_memory():
 
 def test_a_memory_that_no_level_addresses_is_refused():
     text = refused(config_of(TWO_MEMORIES % ("[early]", "[early]")))
-    assert "network.modules.late: a fast-weight memory needs at least one level with clock 'token'" in text
+    assert "network.modules.late: no token level names the weights of this memory, late.init.*; the globs" in text
+    assert text.endswith("are early.init.**")
 
 
 def test_a_token_level_that_no_memory_has_is_refused():
@@ -359,7 +360,7 @@ def test_levels_reach_memories_in_nested_graphs_by_their_full_path():
     model = build(small_quickstart("vars.blocks=2", "hierarchy.groups.memory.match=blocks.*.memory.init.**"))
     assert [level.name for level in model.blocks.get_submodule("1").memory.levels] == ["surprise"]
     text = refused(small_quickstart("vars.blocks=2", "hierarchy.groups.memory.match=blocks.0.memory.init.**"))
-    assert "network.modules.blocks.modules.memory: a fast-weight memory needs at least one level" in text
+    assert "network.modules.blocks.modules.memory: no token level names the weights of this memory, blocks.1." in text
 
 
 def test_a_network_can_be_built_in_python(float64):

@@ -94,6 +94,7 @@ class Study:
         rows = "".join(json.dumps(asdict(row)) + "\n" for row in self.rows)
         (self.folder / "rows.jsonl").write_text(rows)
         if self.options.json is not None:
+            self.options.json.parent.mkdir(parents=True, exist_ok=True)
             self.options.json.write_text(rows)
         short = [claim for claim in claims if not claim.holds]
         word = "SMOKE (figures of a small run decide nothing)" if self.smoke else "SHORT" if short else "PASS"

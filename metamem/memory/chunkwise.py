@@ -23,6 +23,7 @@ from metamem.memory.dual import local_read
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
 from metamem.memory.plan import Key, Plan, cut, objective_key, plan, unstack
+from metamem.memory.product import product
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
 
@@ -38,7 +39,7 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
         carry = carry._replace(anchor=(at := refresh(segment, carry)))
         # Where no level moves inside a chunk, reads see the weights of the signals: one pass serves both.
         together = torch.cat([keys, asked], -2) if lagging else keys
-        forward = network.forward(together, lambda layer, a, at=at: a @ at[layer])
+        forward = network.forward(together, lambda layer, a, at=at: product(a, at[layer]))
         if lagging:
             forward, recalled = forward.split(keys.shape[-2])
             reads.append(recalled.output)
@@ -68,7 +69,7 @@ def read(
     strengths = {key: strength.repeat_interleave(readers, -2) for key, strength in step.strengths.items()}
 
     def layer(index: int, a: Tensor) -> Tensor:
-        parts = [a @ tensor[index] for tensor in carried]
+        parts = [product(a, tensor[index]) for tensor in carried]
         z, *more = (x if share is None else share.unsqueeze(-1) * x for share, x in zip(shares, parts, strict=True))
         for part in more:
             z = z + part

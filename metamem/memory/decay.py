@@ -1,6 +1,6 @@
 """`decay_add`: share · weight + step, the one operation on whole weight matrices that an inner loop repeats.
 
-Autograd's own rule for the product would write `gradient · weight` in full to sum it up; a dot product reads it once.
+One pass forward where a product and a sum are two; backward, the step's gradient is the output's own, uncopied.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _DecayAdd(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (gradient,) = gradients
         share, weight = ctx.saved_tensors
-        return dot(gradient, weight), share[..., None, None] * gradient, gradient
+        return (gradient * weight).sum((-2, -1)), share[..., None, None] * gradient, gradient
 
 
 def decay_add(
@@ -38,10 +38,3 @@ def decay_add(
 ) -> Float[Tensor, "batch heads d_in d_out"]:
     """share · weight + step."""
     return _DecayAdd.apply(share, weight, step)
-
-
-def dot(
-    a: Float[Tensor, "batch heads d_in d_out"], b: Float[Tensor, "batch heads d_in d_out"]
-) -> Float[Tensor, "batch heads"]:
-    """Σ a ⊙ b over each matrix, as a product, so that a ⊙ b is never written."""
-    return (a.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).squeeze((2, 3))

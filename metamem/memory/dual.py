@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from metamem.memory.product import product
+
 Gate = Float[Tensor, "*batch tokens"]
 Matrix = Float[Tensor, "*batch tokens tokens"]
 
@@ -91,5 +93,5 @@ def outer_sum(
 ) -> Float[Tensor, "*batch d_in d_out"]:
     """`Σ_s weight_s in_s ⊗ δ_s`."""
     if written.shape[-1] < signal.shape[-1]:
-        return (written * weight.unsqueeze(-1)).mT @ signal
-    return written.mT @ (signal * weight.unsqueeze(-1))
+        return product((written * weight.unsqueeze(-1)).mT, signal)
+    return product(written.mT, signal * weight.unsqueeze(-1))

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from metamem.memory.product import product
+
 Tokens = Float[Tensor, "*batch tokens _features"]  # _: each layer has its own
 Weights = list[Float[Tensor, "*_batch _d_in _d_out"]]
 
@@ -98,5 +100,5 @@ class Network:
         signals = [error]
         for index in range(self.depth - 1, 0, -1):
             slope = ACTIVATIONS[self.activation].derivative(preactivations[index - 1])
-            signals.insert(0, (signals[0] @ weights[index].mT) * slope)
+            signals.insert(0, product(signals[0], weights[index].mT) * slope)
         return signals

@@ -28,6 +28,8 @@ def save_checkpoint(model: nn.Module, config: Config, step: int, path: Path) -> 
 
 def load_checkpoint(model: nn.Module, config: Config, path: Path) -> int:
     """Loads the weights into the model and gives their step. Raises CheckpointError, the model untouched."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; its run ended before the first one: train again")
     try:
         weights, metadata = load_state(path)
         check_like(weights, dict(model.state_dict()), str(path))

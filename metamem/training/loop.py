@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,8 @@ def train(
     first = next(batches)
 
     folder = create_run(config, root)
-    metrics, started = Metrics(folder / METRICS), time.perf_counter()
-    step, saved = 0, 0
-    with _interruptible() as interrupted:
+    step, saved, started = 0, 0, time.perf_counter()
+    with closing(Metrics(folder / METRICS)) as metrics, interruptible() as interrupted:
         for step, (inputs, targets) in enumerate(_chain(first, batches), start=1):
             out = forward(inputs, targets)
             losses = outer.backward(lambda objectives, y=out.y, t=targets: loss_per_token(objectives, y, t).mean())
@@ -101,7 +100,6 @@ def train(
                 saved = step
             if stop:
                 break
-    metrics.close()
     return Trained(model, folder, step, time.perf_counter() - started, bool(interrupted))
 
 
@@ -146,8 +144,8 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C fills the list instead of raising, so that a step is never left half done; a second one raises."""
+def interruptible() -> Iterator[list[int]]:
+    """Ctrl-C fills the list instead of raising, so that nothing is left half done; a second one raises."""
     pressed: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
