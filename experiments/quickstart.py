@@ -36,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from metamem import Session, build_task, load_config, load_run, train
 from metamem.analysis import Claim, Study, open_study, stream_figure
+from metamem.tasks.english import TRANSLATIONS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 OURS, BASELINE = "quickstart", "quickstart_memoryless"
@@ -184,9 +185,10 @@ def report(study: Study, streams: Sequence[str], results: dict[tuple[str, str, i
         study.add(f"{method.name}, state", of[0].state_bytes, "bytes")
     study.table("Bits per byte on books never seen", ["", *streams, "s / stream", "state, bytes"], rows)
 
-    shown = [method.name for method in METHODS if method.name != "no memory + Adam"]
     curves = {
-        name: {method: np.stack([results[method, name, seed].bits for seed in study.seeds]) for method in shown}
+        f"{name}: {TRANSLATIONS[name]}": {
+            method.name: np.stack([results[method.name, name, seed].bits for seed in study.seeds]) for method in METHODS
+        }
         for name in streams
     }
     stream_figure(curves, study.folder / "stream.png", "A model of modern English reads older English")

@@ -65,7 +65,7 @@ def network(modules: dict, connections: list, repeat: int | None = None) -> nn.M
     return nn.ModuleList(nn.ModuleDict({"memory": fast_weights(8)}) for _ in range(repeat or 1))
 
 
-class reading:  # noqa: N801
+class reading:
     def __init__(self, train: tuple[str, ...] = ("web",)) -> None:
         self.train = train
 

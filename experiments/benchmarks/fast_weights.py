@@ -7,9 +7,10 @@ times around; the best call counts, as a shared machine only ever slows things d
     four heads   the same at 4 × 64
     linear       4 × 64, exact token signals, beside causal scaled_dot_product_attention of the same width
 
-Contenders: ours at period 64 (`lag`: the peer's own semantics, a read sees the weights of the last chunk), ours at
-period 1 (every read sees all writes before it, and momentum and forgetting act at every token: more work), both eager
-and compiled where it is compared; the same memory by `vmap(grad)`; the peer `titans-pytorch` NeuralMemory; the floor, the projections alone.
+Contenders: ours at period 64 (`lag`: the peer's own semantics, a read sees the weights of the last chunk), eager and
+compiled; ours at period 1 (`token`: every read sees all writes before it, and momentum and forgetting act at every
+token, which is more work); the same memory by `vmap(grad)`; the peer `titans-pytorch` NeuralMemory; the floor, the
+projections alone.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""`product` is `a @ b`, whichever library computes it."""
+
+import pytest
+import torch
+from torch.func import vmap
+
+from metamem.memory import product as module
+from metamem.memory.product import product
+
+here = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """oneDNN on any processor, for matrices of any size."""
+    monkeypatch.setattr(module, "_AVAILABLE", True)
+    monkeypatch.setattr(module, "WORTH", 0)
+
+
+def pair(seed=0, transposed=False):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 3, 8, 16, generator=generator), torch.randn(2, 3, 16, 4, generator=generator)
+    if transposed:
+        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
+    return a.requires_grad_(), b.requires_grad_()
+
+
+@here
+@pytest.mark.parametrize("transposed", [False, True], ids=["row-major", "transposed"])
+def test_values_and_gradients_of_first_and_second_order(onednn, transposed):
+    results = []
+    for multiply in (product, torch.matmul):
+        a, b = pair(transposed=transposed)
+        y = multiply(a, b)
+        first = torch.autograd.grad(y.square().sum(), (a, b), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (a, b))
+        results.append([y, *first, *second])
+    for mine, plain in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+
+
+@here
+def test_under_vmap(onednn):
+    a, b = pair()
+    torch.testing.assert_close(vmap(product)(a, b), a @ b)
+
+
+@here
+def test_the_fast_library_is_really_used(onednn, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "_onednn", lambda a, b: calls.append(a.shape) or a @ b)
+    product(*pair())
+    assert calls == [(6, 8, 16)]
+
+
+def test_small_matrices_other_types_and_broadcasts_take_the_plain_way(monkeypatch):
+    def refuse(a, b):
+        raise AssertionError("not here")
+
+    monkeypatch.setattr(module, "_onednn", refuse)
+    a, b = pair()
+    large = torch.randn(1, 256, 256), torch.randn(1, 256, 256)
+    for x, y in ((a, b), (large[0].double(), large[1].double()), (large[0], large[1][0]), (a, b[0])):
+        assert torch.equal(product(x, y), x @ y)
+
+
+def test_a_processor_of_unknown_make_is_not_an_error(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert module._faster() is False
