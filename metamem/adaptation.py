@@ -47,7 +47,7 @@ class Session:
     - `config`        its inner levels say which parameters move, its first step level what a token's loss is
     - `inner`         whether inner levels move parameters
     - `writing`       whether memories write; switched off, they recall their initial weights for ever
-    - `reset_every`   tokens after which the memories start anew; None never
+    - `reset_every`   tokens after which the model's state starts anew (the token before is still its input); None never
     - `batch`         streams read side by side; inner levels move one set of parameters by the mean of all
 
     The first token of a stream has no context: it costs log(vocabulary).
@@ -122,7 +122,7 @@ class Session:
     def _observe_piece(self, piece: Tensor) -> Tensor:
         state, last = self.state, self.last
         if self.reset_every and self.position % self.reset_every == 0:
-            state, last = self.model.init_state(self.batch), None
+            state = self.model.init_state(self.batch)
         inputs = piece[:, :-1] if last is None else torch.cat([last, piece[:, :-1]], 1)
         targets = piece[:, 1:] if last is None else piece
         first = [torch.full((piece.shape[0], 1), math.log(self.model.dim_out or 1))] if last is None else []

@@ -87,8 +87,8 @@ class OptimizerConfig(Located):
 class LevelConfig(Located):
     """One timescale: which groups learn, from which objectives (dotted path: weight), by which rule, how often.
 
-    `unroll` is the number of inner updates that the outer gradient flows through before it is cut (null: all); 0 keeps
-    an inner level out of meta-training, for inference only.
+    The outer gradient is cut after every `unroll`-th inner update (null: never); 0 keeps an inner level out of
+    meta-training, for inference only.
     """
 
     name: str
