@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 WORTH = 1 << 24  # operations of one matrix product, below which a call costs more than it saves
 
@@ -23,6 +23,17 @@ def product(a: Float[Tensor, "*a n k"], b: Float[Tensor, "*b k m"]) -> Float[Ten
     if not (_AVAILABLE and _worthwhile(a, b)):
         return a @ b
     return _onednn(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, a.shape[:-2])
+
+
+class Projection(nn.Linear):
+    """x W without a bias, by `product`."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, bias=False)
+
+    def forward(self, input: Float[Tensor, "batch tokens dim_in"]) -> Float[Tensor, "batch tokens dim_out"]:
+        """x W."""
+        return product(input.flatten(0, 1).unsqueeze(0), self.weight.mT.unsqueeze(0)).reshape(*input.shape[:-1], -1)
 
 
 def _worthwhile(a: Tensor, b: Tensor) -> bool:
@@ -44,6 +55,8 @@ def _faster() -> bool:
 @torch.library.custom_op("metamem::batched_product", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise
+    if a.shape[0] == 1:
+        return linear(a[0], b[0].mT, None, "none", [], "").unsqueeze(0)
     return torch.stack([linear(x, y.mT, None, "none", [], "") for x, y in zip(a.unbind(), b.unbind(), strict=True)])
 
 

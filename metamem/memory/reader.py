@@ -7,6 +7,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metamem.memory.product import Projection
 from metamem.memory.writer import unit
 
 
@@ -16,9 +17,9 @@ class Reader(nn.Module):
     def __init__(self, dim: int, heads: int, d_key: int, d_value: int, readers: int = 1) -> None:
         super().__init__()
         self.heads, self.readers = heads, readers
-        self.queries = nn.Linear(dim, heads * readers * d_key, bias=False)
+        self.queries = Projection(dim, heads * readers * d_key)
         self.norm = nn.RMSNorm(d_value)
-        self.output = nn.Linear(heads * readers * d_value, dim, bias=False)
+        self.output = Projection(heads * readers * d_value, dim)
 
     def query(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Float[Tensor, "b h t readers d_key"]:
         """The queries for x, in `dtype`."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metamem.memory.level import TokenLevel
+from metamem.memory.product import Projection
 
 LEARNED_FORGET = 0.01  # where a learned gate starts: 1 − α
 LEARNED_MOMENTUM = 0.5  # β
@@ -42,8 +43,8 @@ class Writer(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.writers, self.levels = heads, writers, tuple(levels)
-        self.keys = nn.Linear(dim, heads * writers * d_key, bias=False)
-        self.values = nn.Linear(dim, heads * writers * d_value, bias=False)
+        self.keys = Projection(dim, heads * writers * d_key)
+        self.values = Projection(dim, heads * writers * d_value)
         self.gates = nn.ModuleDict({level.name: self._gate_projection(dim, level) for level in self.levels})
 
     def _gate_projection(self, dim: int, level: TokenLevel) -> nn.ModuleDict:
