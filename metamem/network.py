@@ -45,9 +45,28 @@ def build(config: Config) -> Network:
             raise (level.where / "groups").error(
                 f"no memory's weights are in the groups of the token level {level.name!r}"
             )
+    _check_length(config, network)
     if rates := learned_rates(config, network):
         network.add_module("inner_rates", rates)
     return network
+
+
+def _check_length(config: Config, network: Network) -> None:
+    """Raises ConfigError where a training sequence ends before a chunk, or a level's period, ever does."""
+    length, where = config.training.length, config.training.where / "length"
+    for name, module in network.named_modules():
+        if isinstance(module, FastWeights) and module.signal_at == "chunk" and module.chunk > length:
+            raise where.error(
+                f"a sequence of {length} tokens is shorter than the chunk of {name}, {module.chunk}: no signal would "
+                f"see a write; make it at least {module.chunk}, or the chunk smaller"
+            )
+    for level in config.hierarchy.levels:
+        unrolled = level.clock == "token" or (level.clock == "inner" and level.unroll != 0)
+        if unrolled and level.period > length:
+            raise where.error(
+                f"a sequence of {length} tokens is shorter than the period of level {level.name!r}, {level.period}: it "
+                f"would never move in training; make it at least {level.period}"
+            )
 
 
 class Gate(nn.Module):

@@ -1,6 +1,7 @@
 """Networks from a config: graphs that meet, states and weights by path, token levels where they belong."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -381,3 +382,22 @@ def test_a_gate_is_a_gated_mean(float64):
 def test_a_sequence_of_attention_and_memory_keeps_the_streaming_law(float64):
     model = shaken(recurrent())
     streaming_law(model, torch.randint(7, (3, 11)), examples=5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["network.modules.blocks.modules.memory.signal_at=chunk", "network.modules.blocks.modules.memory.chunk=24"],
+            "training.length: a sequence of 16 tokens is shorter than the chunk of blocks.0.memory, 24",
+        ),
+        (
+            ["hierarchy.levels.surprise.period=64"],
+            "training.length: a sequence of 16 tokens is shorter than the period of level 'surprise', 64",
+        ),
+    ],
+    ids=["chunk", "period"],
+)
+def test_a_training_sequence_that_ends_before_a_chunk_or_period_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(small_quickstart("training.length=16", *overrides))

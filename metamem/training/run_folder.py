@@ -29,6 +29,8 @@ def new_folder(root: Path, name: str) -> Path:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
+            if not folder.exists():  # a link that leads nowhere stands in the way
+                raise UserError(f"{root}: cannot be made a folder; something else has its name") from None
             number += 1
         except OSError as error:
             raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
