@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def register_shipped() -> None:
-    """Fill the registries with what ships. Late, since it imports torch, which a `--help` should not wait for."""
+    """Fill the registries with what ships."""
     for module in ("metamem.network", "metamem.tasks"):
         importlib.import_module(module)
 

@@ -56,10 +56,10 @@ def test_objectives_add_up_by_weight():
 
 
 def test_what_is_written_out_is_found_by_its_name_and_nothing_else_is():
-    assert signals.written_out(mse) is not None
-    assert signals.written_out(mse).__name__ == "mse_gradient"
-    assert signals.written_out(log_cosh) is None
-    assert signals.written_out(lambda pred, target: mse(pred, target)) is None
+    assert signals.objective_gradient(mse) is not None
+    assert signals.objective_gradient(mse).__name__ == "mse_gradient"
+    assert signals.objective_gradient(log_cosh) is None
+    assert signals.objective_gradient(lambda pred, target: mse(pred, target)) is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"hidden": (5,)}, {"signal_at": "token"}], ids=["chunk", "mlp", "token"])

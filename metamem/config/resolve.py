@@ -41,9 +41,15 @@ def resolve_objective(path: str, where: Where | str) -> Objective:
 
 
 def objective_gradient(objective: Objective) -> Callable[..., Any] | None:
-    """The written-out gradient of an objective, by convention `<name>_gradient` in its own module; else None."""
+    """The written-out gradient of an objective, by convention `<name>_gradient` in its own module; else None.
+
+    None also for a wrapped or partial one: what it stands for is not known.
+    """
     module = sys.modules.get(getattr(objective, "__module__", None) or "")
-    gradient = getattr(module, f"{getattr(objective, '__name__', '')}_gradient", None)
+    name = getattr(objective, "__name__", "")
+    if getattr(module, name, None) is not objective:
+        return None
+    gradient = getattr(module, f"{name}_gradient", None)
     return gradient if callable(gradient) else None
 
 

@@ -155,9 +155,8 @@ def _host(levels: Sequence[TokenLevel]) -> int | None:
 
 
 def _shift(component: Component, init: Weights, sign: float) -> Component:
-    share = component.keep
-    shares = [weight if share is None else share[..., None, None] * weight for weight in init]
-    moved = [delta + sign * weight for delta, weight in zip(component.delta, shares, strict=True)]
+    left = _initial(init, [component])
+    moved = [delta + sign * weight for delta, weight in zip(component.delta, left, strict=True)]
     return component._replace(delta=moved)
 
 

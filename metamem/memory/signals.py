@@ -7,7 +7,6 @@ through torch.func, per token.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -15,22 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metamem.config.resolve import objective_gradient
+
 Tokens = Float[Tensor, "*batch tokens features"]
 Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Objectives: TypeAlias = Mapping[Objective, float]
 
 
-def written_out(objective: Objective) -> Objective | None:
-    """The gradient that stands beside an objective as `<name>_gradient`, or None."""
-    module, name = sys.modules.get(getattr(objective, "__module__", "")), getattr(objective, "__name__", "")
-    if getattr(module, name, None) is not objective:  # wrapped or partial: what it stands for is not known
-        return None
-    return getattr(module, f"{name}_gradient", None)
-
-
 def gradient(objective: Objective) -> Objective:
     """∂ objective / ∂ pred per token: written out where it is, else by autograd (tokens do not mix, so of the sum)."""
-    return written_out(objective) or torch.func.grad(lambda pred, target: objective(pred, target).sum())
+    return objective_gradient(objective) or torch.func.grad(lambda pred, target: objective(pred, target).sum())
 
 
 def value(objectives: Objectives, pred: Tokens, target: Tokens) -> Float[Tensor, "*batch tokens"]:

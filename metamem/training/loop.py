@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def train(
     folder = create_run(config, root)
     step, saved, started = 0, 0, time.perf_counter()
     with closing(Metrics(folder / METRICS)) as metrics, interruptible() as interrupted:
-        for step, (inputs, targets) in enumerate(_chain(first, batches), start=1):
+        for step, (inputs, targets) in enumerate(chain([first], batches), start=1):
             out = forward(inputs, targets)
             losses = outer.backward(lambda objectives, y=out.y, t=targets: loss_per_token(objectives, y, t).mean())
             _check_finite(losses, step, folder, saved, "loss")
@@ -136,11 +137,6 @@ def _check_finite(values: dict[str, float], step: int, folder: Path, saved: int,
             raise Diverged(
                 f"step {step}: the {what} of level {name!r} is {value}; {kept}; lower the level's lr, or gradient_clip"
             )
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 @contextmanager
