@@ -4,12 +4,15 @@
 - `inner` levels move parameters inside the forward pass: every `period` tokens a differentiable optimizer step on
   that piece's loss (`InnerLoop`); the outer gradient flows through, for `unroll` updates
 - `step` levels move the slow weights that they own (`OuterLevels`), each from its own objective, every `period` steps
+
+Losses are means over the positions asked (`metamem.targets`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optree
@@ -19,11 +22,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metamem.config import Config, LevelConfig, OptimizerConfig, UserError, ownership, resolve_objectives
+from metamem.config import (
+    Config,
+    LevelConfig,
+    OptimizerConfig,
+    UserError,
+    measured_objectives,
+    ownership,
+    resolve_objectives,
+)
 from metamem.globs import match_names
 from metamem.memory.base import Out
 from metamem.memory.level import TokenLevel
 from metamem.memory.signals import Objectives
+from metamem.targets import asked, mean_asked
 
 Parameters = dict[str, Tensor]
 INITIAL_RATE = 0.03  # where a learned inner rate starts
@@ -49,9 +61,24 @@ def token_levels(config: Config) -> list[tuple[LevelConfig, TokenLevel]]:
     return found
 
 
-def loss_per_token(objectives: Objectives, pred: Tensor, target: Tensor) -> Float[Tensor, "batch time"]:
-    """Σ weight · objective(pred, target)."""
-    return torch.stack([weight * objective(pred, target) for objective, weight in objectives.items()]).sum(0)
+def loss_per_token(
+    objectives: Objectives, pred: Float[Tensor, "*tokens vocabulary"], target: Int[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
+    """Σ weight · objective(pred, target); 0 at the positions that are not asked, which no objective sees."""
+    wanted = asked(target)
+    if wanted.all():
+        return torch.stack([weight * objective(pred, target) for objective, weight in objectives.items()]).sum(0)
+    losses = loss_per_token(objectives, pred[wanted], target[wanted])
+    return losses.new_zeros(target.shape).masked_scatter(wanted, losses)
+
+
+def measured_loss(measured: Mapping[str, float], aux: Mapping[str, Tensor]) -> Tensor | float:
+    """Σ weight · mean of what memories measured under the names that a glob matches."""
+    total: Tensor | float = 0.0
+    for glob, weight in measured.items():
+        matching = [aux[name].mean() for name in match_names([glob], aux)]
+        total = total + weight * torch.stack(matching).mean()
+    return total
 
 
 # ------------------------------------------------------------------------------------------------ inner levels
@@ -107,8 +134,9 @@ def learned_rates(config: Config, network: nn.Module) -> nn.Module | None:
 class InnerLoop:
     """Runs a model along sequences while inner levels move its parameters, differentiably or not.
 
-    Every `period` tokens of a level: `θ ← θ − rate · step(∂ loss / ∂ θ)`, the loss its objective's mean over exactly
-    its last `period` tokens and all rows. Tokens between see the weights of the last boundary.
+    Every `period` tokens of a level: `θ ← θ − rate · step(∂ loss / ∂ θ)`, the loss its objective's mean over what is
+    asked of exactly its last `period` tokens in all rows; where nothing is, the gradient is zero. Tokens between see
+    the weights of the last boundary.
     """
 
     def __init__(self, network: nn.Module, levels: Sequence[InnerLevel]) -> None:
@@ -165,15 +193,16 @@ class InnerLoop:
             for level in self.levels:
                 pending[level.name].append(loss_per_token(level.objectives, pred, wanted))
                 if end % level.period == 0 and end < inputs.shape[1]:
-                    states[level.name] = self._unrolled(level, states[level.name], torch.cat(pending[level.name], 1))
+                    loss = mean_asked(torch.cat(pending[level.name], 1), targets[:, end - level.period : end])
+                    states[level.name] = self._unrolled(level, states[level.name], loss)
                     pending[level.name] = []
         aux = {key: torch.cat([one[key] for one in measured], 1) for key in measured[0]}
         return Out(torch.cat(predictions, 1), memory or {}, aux)
 
-    def _unrolled(self, level: InnerLevel, state: InnerState, losses: Float[Tensor, "batch time"]) -> InnerState:
-        """The update on a period's losses, inside the outer graph; every `unroll` updates that graph is cut."""
+    def _unrolled(self, level: InnerLevel, state: InnerState, loss: Float[Tensor, ""]) -> InnerState:
+        """The update on a period's loss, inside the outer graph; every `unroll` updates that graph is cut."""
         fast = list(state.fast.values())
-        gradients = torch.autograd.grad(losses.mean(), fast, create_graph=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, fast, create_graph=True, materialize_grads=True)
         state = self.apply(level, state, list(gradients))
         cut = level.unroll is not None and state.updates % level.unroll == 0
         return leaf_state(state) if cut else state
@@ -209,20 +238,27 @@ class OuterLevels:
         self.levels = [level for level in config.hierarchy.levels if level.clock == "step"]
         self.parameters = {level.name: [parameters[name] for name in owned[level.name]] for level in self.levels}
         self.objectives = {level.name: objectives[level.name] for level in self.levels}
+        self.measured = measured_objectives(config)
         self.optimizers = {level.name: _optimizer(level, self.parameters[level.name]) for level in self.levels}
 
-    def distinct(self) -> Iterator[tuple[Objectives, list[LevelConfig]]]:
-        """The distinct objectives, with the levels that have each."""
+    def distinct(self) -> Iterator[tuple[Objectives, dict[str, float], list[LevelConfig]]]:
+        """The distinct objectives, of tokens and of what memories measured, with the levels that have each."""
         groups: dict[tuple, list[LevelConfig]] = {}
         for level in self.levels:
-            groups.setdefault(tuple(self.objectives[level.name].items()), []).append(level)
-        for key, levels in groups.items():
-            yield dict(key), levels
+            key = tuple(self.objectives[level.name].items()), tuple(self.measured[level.name].items())
+            groups.setdefault(key, []).append(level)
+        for (objectives, measured), levels in groups.items():
+            yield dict(objectives), dict(measured), levels
 
-    def backward(self, loss: Callable[[Objectives], Tensor]) -> dict[str, float]:
-        """Adds to every level's gradient that of its own objective; gives the loss per level."""
-        values = {}
-        groups = [(loss(objectives), levels) for objectives, levels in self.distinct()]
+    def backward(
+        self, loss: Callable[[Objectives], Tensor], aux: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, float]:
+        """Adds to every level's gradient that of its own loss: `loss` of its objectives, and what it adds of the `aux`
+        that the memories measured. Gives the loss per level."""
+        values, groups = {}, []
+        for objectives, measured, levels in self.distinct():
+            value = measured_loss(measured, aux) + (loss(objectives) if objectives else 0.0)
+            groups.append((torch.as_tensor(value), levels))
         for index, (value, levels) in enumerate(groups):
             mine = [p for level in levels for p in self.parameters[level.name] if p.requires_grad]
             gradients = torch.autograd.grad(value, mine, retain_graph=index + 1 < len(groups), allow_unused=True)

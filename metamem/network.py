@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metamem import attention, layers  # noqa: F401  (they register their kinds)
-from metamem.config import Config, NetworkConfig, Where, network_config
+from metamem.config import Config, NetworkConfig, Where, check_measured, measured_objectives, network_config
 from metamem.config.schema import ConnectionConfig
 from metamem.globs import matches
 from metamem.hierarchy import learned_rates, token_levels
@@ -34,8 +34,8 @@ TAKEN = ("training", "names", "steps", "dim_in", "dim_out", "inner_rates")  # na
 def build(config: Config) -> Network:
     """The network of a config, each memory with the token levels that address it.
 
-    Raises ConfigError for dims that do not meet, a cycle, a module kind or option that does not exist, and a token
-    level that no memory has.
+    Raises ConfigError for dims that do not meet, a cycle, a module kind or option that does not exist, a token level
+    that no memory has, and an objective `aux.<glob>` of something that nothing measures.
     """
     torch.manual_seed(config.seed)
     network = _Builder(config).network(config.network, "")
@@ -48,6 +48,8 @@ def build(config: Config) -> Network:
     _check_length(config, network)
     if rates := learned_rates(config, network):
         network.add_module("inner_rates", rates)
+    if any(measured_objectives(config).values()):
+        check_measured(config, network.measures())
     return network
 
 
@@ -119,6 +121,13 @@ class Network(Stateful):
                     value = module(value)
             values[step.to] = value
         return Out(values["out"], after, aux)
+
+    @torch.no_grad()
+    def measures(self) -> list[str]:
+        """The names of what its modules measure, those in `aux`: found by running one token."""
+        weight = next(self.parameters())
+        token = weight.new_zeros(1, 1, self.dim_in) if self.dim_in else weight.new_zeros(1, 1).long()
+        return list(self(token).aux)
 
     def _join(self, step: ConnectionConfig, sources: list[Tensor]) -> Tensor:
         if step.by == "gate":

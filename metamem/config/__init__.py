@@ -1,7 +1,9 @@
 """Configs: `load_config(path, overrides) -> Config`, checked, with file and line in every error."""
 
 from metamem.config.check import (
+    check_measured,
     group_members,
+    measured_objectives,
     network_config,
     ownership,
     resolve_objectives,
@@ -38,6 +40,8 @@ __all__ = [
     "network_config",
     "resolve_objectives",
     "resolve_objective",
+    "measured_objectives",
+    "check_measured",
     "objective_gradient",
     "group_members",
     "ownership",

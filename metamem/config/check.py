@@ -12,7 +12,7 @@ from typing import Any
 
 from metamem.config.convert import convert
 from metamem.config.errors import Where, show, suggest
-from metamem.config.resolve import resolve_objective
+from metamem.config.resolve import MEASURED, resolve_objective
 from metamem.config.schema import CLOCKS, Config, HierarchyConfig, LevelConfig, NetworkConfig
 from metamem.globs import match_names, matches, nearest_names
 
@@ -115,6 +115,13 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
         raise (where / wanted).error(f"is missing: a level with the clock {level.clock!r} needs one")
     if not level.objective:
         raise (where / "objective").error("is empty: name at least one, as {losses.recall.mse: 1.0}")
+    if level.clock != "step":
+        for path in level.objective:
+            if path.startswith(MEASURED):
+                raise where.at("objective", path).error(
+                    f"{MEASURED}… is what memories measured on the way, which only a step level can add to its loss; "
+                    f"a level with the clock {level.clock!r} learns from a loss per token, such as losses.recall.mse"
+                )
     if not level.groups:
         raise (where / "groups").error(f"is empty: name at least one{suggest('', hierarchy.groups)}")
     for i, group in enumerate(level.groups):
@@ -156,9 +163,34 @@ def resolve_objectives(config: Config) -> dict[str, dict[Callable[..., Any], flo
         level.name: {
             resolve_objective(path, level.where.at("objective", path)): weight
             for path, weight in level.objective.items()
+            if not path.startswith(MEASURED)
         }
         for level in config.hierarchy.levels
     }
+
+
+def measured_objectives(config: Config) -> dict[str, dict[str, float]]:
+    """Step level -> glob over the names of what memories measure -> weight: the objectives `aux.<glob>`."""
+    return {
+        level.name: {
+            path.removeprefix(MEASURED): weight for path, weight in level.objective.items() if path.startswith(MEASURED)
+        }
+        for level in config.hierarchy.levels
+        if level.clock == "step"
+    }
+
+
+def check_measured(config: Config, names: Iterable[str]) -> None:
+    """Raises `ConfigError` for an objective `aux.<glob>` that matches none of `names`, those of what is measured."""
+    names = list(names)
+    for level in config.hierarchy.levels:
+        for glob in measured_objectives(config).get(level.name, {}):
+            if not match_names([glob], names):
+                near = ", ".join(MEASURED + name for name in nearest_names(glob, names))
+                raise level.where.at("objective", MEASURED + glob).error(
+                    f"{glob!r} matches nothing that the network measures; "
+                    + (f"the nearest are {near}" if near else "it has no memory that measures anything")
+                )
 
 
 def group_members(parameter_names: Iterable[str], hierarchy: HierarchyConfig) -> dict[str, list[str]]:

@@ -17,6 +17,8 @@ from metamem.config.errors import ConfigError, Where, nearest
 
 Objective = Callable[..., Any]  # (pred, target) -> loss per token
 
+MEASURED = "aux."  # what follows it in an objective's key is a glob over the names of what memories measured
+
 PROJECT = "metamem-torch"  # `losses.__project__`, by which ours is known
 
 

@@ -5,9 +5,12 @@ A task is built from the config's `task:` section (`name` picks it, the other ke
     task = English(train=("web",), stream=("tyn", "wyc"))
     inputs, targets = task.sample(torch.Generator().manual_seed(0), batch=16, length=512)
     for name, text in task.streams().items(): ...
+
+A target of `IGNORE` (−100) is not asked: losses are means over the positions that are.
 """
 
+from metamem.targets import IGNORE
 from metamem.tasks.english import English
 from metamem.tasks.text import TaskError, load_text, respell, sample_windows, split_text, to_bytes
 
-__all__ = ["English", "TaskError", "load_text", "respell", "sample_windows", "split_text", "to_bytes"]
+__all__ = ["IGNORE", "English", "TaskError", "load_text", "respell", "sample_windows", "split_text", "to_bytes"]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ import metamem.tasks  # noqa: F401  (fills the registry)
 from metamem.config import Config, UserError
 from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, loss_per_token
 from metamem.memory.base import Out
+from metamem.memory.signals import Objectives
 from metamem.network import Network, build
 from metamem.registry import TASKS
+from metamem.targets import mean_asked
 from metamem.training.checkpoint import load_checkpoint, save_checkpoint
 from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, create_run, run_config
 
@@ -82,7 +85,7 @@ def train(
     with closing(Metrics(folder / METRICS)) as metrics, interruptible() as interrupted:
         for step, (inputs, targets) in enumerate(chain([first], batches), start=1):
             out = forward(inputs, targets)
-            losses = outer.backward(lambda objectives, y=out.y, t=targets: loss_per_token(objectives, y, t).mean())
+            losses = outer.backward(partial(_loss, out.y, targets), out.aux)
             _check_finite(losses, step, folder, saved, "loss")
             norms = outer.step(step, _schedule(config, step), settings.gradient_clip)
             _check_finite(norms, step, folder, saved, "gradient")
@@ -119,6 +122,10 @@ def _forward(config: Config, model: Network) -> Callable[[Tensor, Tensor], Out]:
         return InnerLoop(model, levels).run
     run: Callable[..., Out] = torch.compile(model, fullgraph=True) if config.training.compile else model
     return lambda inputs, targets: run(inputs)
+
+
+def _loss(pred: Tensor, targets: Tensor, objectives: Objectives) -> Tensor:
+    return mean_asked(loss_per_token(objectives, pred, targets), targets)
 
 
 def _schedule(config: Config, step: int) -> float:
