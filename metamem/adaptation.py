@@ -106,7 +106,8 @@ class Session:
     def load(self, path: Path) -> None:
         """Goes on where a saved session stopped. Raises StateError, and changes nothing, if it is of another model."""
         carried, metadata = load_state(path)
-        check_like({**carried, "last": {}}, {**self._carried(), "last": {}}, str(path))
+        fresh = {**self._carried(), "state": self.model.init_state(self.batch), "last": {}}
+        check_like({**carried, "last": {}}, fresh, str(path))
         self.position = int(metadata["position"])
         self.state, last = carried["state"], carried["last"]
         self.last = last.get("token")

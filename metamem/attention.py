@@ -1,9 +1,10 @@
-"""Sliding-window causal attention with a cache: short-term memory that forgets by distance.
+"""Causal attention with a cache: short-term memory that forgets by distance, or with `window` None never.
 
     y_t = Σ_{t−window < s ≤ t} softmax_s(q_t · k_s / √d) v_s,   rotary positions
 
-Computed block against (previous and own) block, so that a token costs O(window) at any length. The cache holds keys
-before their rotation, and positions count from the start of the cache: a stream may go on for ever.
+With a window it is computed block against (previous and own) block, so that a token costs O(window) at any length. The
+cache holds keys before their rotation, and positions count from the start of the cache: a stream may go on for ever.
+Without one the cache, and the cost of a token, grow with every token read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metamem.registry import MODULES
-from metamem.state import State, Stateful
+from metamem.state import State, Stateful, align, tree_map
 
 Heads = Float[Tensor, "batch heads tokens dim_head"]
 Seen = Float[Tensor, "batch heads seen dim_head"]  # the cache, then the tokens of this call
@@ -23,40 +24,72 @@ Seen = Float[Tensor, "batch heads seen dim_head"]  # the cache, then the tokens 
 
 @MODULES.register("attention")
 class Attention(Stateful):
-    """Sliding-window attention of `heads` heads over the last `window` tokens, the token itself included."""
+    """Attention of `heads` heads over the last `window` tokens, the token itself included; None: over all of them.
 
-    def __init__(self, dim: int, heads: int = 4, window: int = 64) -> None:
+    Raises ValueError where a head would have an odd number of features, or the window no token.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, window: int | None = 64) -> None:
         super().__init__()
         if dim % heads or dim // heads % 2:
             raise ValueError(f"dim {dim} over {heads} heads must give each an even number of features")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, or null for all tokens, not {window}")
         self.dim_in = self.dim_out = dim
         self.heads, self.window = heads, window
         self.project = nn.Linear(dim, 3 * dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
     def init_state(self, batch: int) -> State:
-        """An empty cache: `count` of its `window` places are filled, the last ones."""
+        """An empty cache: of its `window` places (without a window, one for each token read) the last `count` are
+        filled."""
         weight = self.output.weight
-        shape = (batch, self.heads, self.window, weight.shape[0] // self.heads)
+        shape = (batch, self.heads, self.window or 0, weight.shape[0] // self.heads)
         count = torch.zeros(batch, dtype=torch.long, device=weight.device)
         return {"keys": weight.new_zeros(shape), "values": weight.new_zeros(shape), "count": count}
+
+    def reset_state(self, state: State, rows: Bool[Tensor, "batch"] | None = None) -> State:
+        """An empty cache for the chosen rows; without a window, places that no row fills any more are dropped."""
+        if rows is None:
+            return self.init_state(state["count"].shape[0])
+        emptied = tree_map(lambda leaf: torch.where(align(rows, leaf), 0, leaf), state)
+        if self.window is not None:
+            return emptied
+        unused = state["keys"].shape[2] - int(emptied["count"].max())
+        return {**emptied, "keys": emptied["keys"][:, :, unused:], "values": emptied["values"][:, :, unused:]}
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], state: State | None = None
     ) -> tuple[Float[Tensor, "batch tokens dim"], State]:
         """The attended values, and the cache after them."""
         state = self.init_state(x.shape[0]) if state is None else state
+        if x.shape[1] == 0:
+            return x, state
         queries, keys, values = rearrange(self.project(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         keys = torch.cat([state["keys"].to(keys.dtype), keys], 2)
         values = torch.cat([state["values"].to(values.dtype), values], 2)
-        tokens = x.shape[1]
+        passed = 0 if self.window is None else x.shape[1]
+        count = state["count"] + x.shape[1]
         after: State = {
-            "keys": keys[:, :, tokens:].to(state["keys"].dtype),
-            "values": values[:, :, tokens:].to(state["values"].dtype),
-            "count": (state["count"] + tokens).clamp(max=self.window),
+            "keys": keys[:, :, passed:].to(state["keys"].dtype),
+            "values": values[:, :, passed:].to(state["values"].dtype),
+            "count": count if self.window is None else count.clamp(max=self.window),
         }
-        attended = _attend(queries, keys, values, state["count"], self.window)
+        if self.window is None:
+            attended = _attend_to_all(queries, keys, values, state["count"])
+        else:
+            attended = _attend(queries, keys, values, state["count"], self.window)
         return self.output(rearrange(attended, "b h t d -> b t (h d)")), after
+
+
+def _attend_to_all(queries: Heads, keys: Seen, values: Seen, count: Int[Tensor, "batch"]) -> Heads:
+    """`keys` and `values` end with those of the queries; of the ones before, the last `count` are real."""
+    tokens, seen = queries.shape[2], keys.shape[2]
+    queries, keys = _rotate(queries, first=seen - tokens), _rotate(keys, first=0)
+    if seen == tokens:
+        return functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    visible = _visible(count, 1, tokens, seen - tokens, window=seen)[:, :, 0]
+    return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
 
 
 def _attend(queries: Heads, keys: Seen, values: Seen, count: Int[Tensor, "batch"], window: int) -> Heads:
@@ -69,20 +102,21 @@ def _attend(queries: Heads, keys: Seen, values: Seen, count: Int[Tensor, "batch"
     queries = rearrange(queries, "b h (n t) d -> b h n t d", t=block)
     keys, values = (x.unfold(2, window + block, block).mT for x in (keys, values))
     scores = queries @ keys.mT * queries.shape[-1] ** -0.5
-    scores = scores.masked_fill(~_visible(count, queries.shape[2], block, window), -torch.inf)
+    scores = scores.masked_fill(~_visible(count, queries.shape[2], block, window, window), -torch.inf)
     return rearrange(scores.softmax(-1) @ values, "b h n t d -> b h (n t) d")[:, :, :tokens]
 
 
 def _visible(
-    count: Int[Tensor, "batch"], blocks: int, block: int, window: int
+    count: Int[Tensor, "batch"], blocks: int, block: int, before: int, window: int
 ) -> Bool[Tensor, "batch 1 blocks block span"]:
-    """Which keys a query sees: the last `window` before and with it, of those that are real."""
+    """Which keys a query sees: the last `window` before and with it, of those that are real. A block's keys begin
+    `before` tokens before it; of those before the first block, the last `count` are real."""
     device = count.device
-    query = window + torch.arange(block, device=device)[:, None]
-    key = torch.arange(window + block, device=device)[None, :]
+    query = before + torch.arange(block, device=device)[:, None]
+    key = torch.arange(before + block, device=device)[None, :]
     near = (key <= query) & (key > query - window)
     absolute = key[0] + block * torch.arange(blocks, device=device)[:, None]
-    real = absolute >= window - count[:, None, None]
+    real = absolute >= before - count[:, None, None]
     return (near & real[:, :, None, :])[:, None]
 
 

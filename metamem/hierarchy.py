@@ -11,6 +11,7 @@ Losses are means over the positions asked (`metamem.targets`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torchopt
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamem.config import (
     Config,
@@ -186,7 +188,9 @@ class InnerLoop:
         length = self.piece or inputs.shape[1]
         for start in range(0, inputs.shape[1], length):
             piece, wanted = inputs[:, start : start + length], targets[:, start : start + length]
-            pred, memory, aux = functional_call(self.network, self.parameters(states), (piece, memory))
+            # Only the plain attention kernel can be differentiated twice.
+            with sdpa_kernel(SDPBackend.MATH) if self.levels else nullcontext():
+                pred, memory, aux = functional_call(self.network, self.parameters(states), (piece, memory))
             predictions.append(pred)
             measured.append(aux)
             end = start + piece.shape[1]

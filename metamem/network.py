@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from metamem import attention, layers  # noqa: F401  (they register their kinds)
@@ -107,6 +107,10 @@ class Network(Stateful):
         children = ((name, getattr(self, name)) for name in self.names)
         return {name: module.init_state(batch) for name, module in children if isinstance(module, Stateful)}
 
+    def reset_state(self, state: State, rows: Bool[Tensor, "batch"] | None = None) -> State:
+        """Each module's own reset."""
+        return {name: getattr(self, name).reset_state(part, rows) for name, part in state.items()}
+
     def forward(self, x: Tensor, state: State | None = None) -> Out:
         """Runs the graph on `in` = x; aux: what the modules measured, by path."""
         values, after, aux = {"in": x}, {}, {}
@@ -178,6 +182,10 @@ class Repeat(Stateful):
     def init_state(self, batch: int) -> State:
         """The copies' states, by number."""
         return {str(index): getattr(self, str(index)).init_state(batch) for index in range(self.count)}
+
+    def reset_state(self, state: State, rows: Bool[Tensor, "batch"] | None = None) -> State:
+        """Each copy's own reset."""
+        return {index: getattr(self, index).reset_state(part, rows) for index, part in state.items()}
 
     def forward(self, x: Tensor, state: State | None = None) -> Out:
         """The copies, one after the other."""

@@ -136,7 +136,8 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
 
 
 def check_like(state: State, expected: State, where: str) -> None:
-    """Raises StateError at the first key or shape in which `state` differs from `expected`."""
+    """Raises StateError at the first key or shape in which `state` differs from `expected`, a fresh one: an axis that
+    is empty in it may have grown."""
     have, want = flatten(state), flatten(expected)
     for key in sorted(want.keys() ^ have.keys()):
         side = "lacks" if key in want else "has an unexpected"
@@ -144,8 +145,14 @@ def check_like(state: State, expected: State, where: str) -> None:
     for key, tensor in want.items():
         mine = have[key]
         if (mine is None) != (tensor is None) or (
-            mine is not None and tensor is not None and (mine.shape != tensor.shape or mine.dtype != tensor.dtype)
+            mine is not None and tensor is not None and (not _grown(mine, tensor) or mine.dtype != tensor.dtype)
         ):
             found = "nothing" if mine is None else f"{mine.dtype}{list(mine.shape)}"
             wanted = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
             raise StateError(f"{where}: {key!r} is {found}, this model needs {wanted}: it is of another model")
+
+
+def _grown(tensor: Tensor, fresh: Tensor) -> bool:
+    """Whether the shapes agree but for axes that are empty in the fresh one."""
+    sizes = zip(tensor.shape, fresh.shape, strict=False)
+    return tensor.ndim == fresh.ndim and all(mine == size or size == 0 for mine, size in sizes)
