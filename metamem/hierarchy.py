@@ -52,6 +52,7 @@ def token_levels(config: Config) -> list[tuple[LevelConfig, TokenLevel]]:
                 level.name,
                 objectives[level.name],
                 level.period,
+                signal=rule.signal,
                 lr=rule.lr,
                 lr_max=rule.lr_max,
                 momentum=rule.momentum,

@@ -39,7 +39,7 @@ def build(config: Config) -> Network:
     """
     torch.manual_seed(config.seed)
     network = _Builder(config).network(config.network, "")
-    used = {level.name for module in network.modules() if isinstance(module, FastWeights) for level in module.levels}
+    used = {level.name for module in network.modules() for level in getattr(module, "levels", ())}
     for level in config.hierarchy.levels:
         if level.clock == "token" and level.name not in used:
             raise (level.where / "groups").error(
@@ -222,7 +222,7 @@ class _Builder:
         kind = options.pop("kind")
         if kind != "network":
             levels = self.levels_at(path)
-            if kind == "fast_weights" and not levels:
+            if not levels and MODULES.needs(kind, "levels"):
                 groups = self.config.hierarchy.groups
                 globs = [glob for level, _ in self.levels for group in level.groups for glob in groups[group].match]
                 raise where.error(

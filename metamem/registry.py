@@ -81,6 +81,12 @@ class Registry(Generic[T]):
             if item.name not in self.builder_args
         }
 
+    def needs(self, name: str, argument: str) -> bool:
+        """Whether the constructor registered as `name` cannot do without an argument, as a memory without levels."""
+        return name in self and any(
+            item.name == argument and item.default is item.empty for item in _keywords(self._constructors[name])
+        )
+
     def check(self, name: str, options: Mapping[str, Any], where: Where | str = "") -> dict[str, Any]:
         """The options as their annotations have them; a ConfigError on an unknown, missing or wrongly typed one."""
         place = Where.of(where)

@@ -53,8 +53,9 @@ def squared(pred, target):
             r"'odd'.*losses\.recall\.cosine.*losses\.recall\.mse",
         ),
         ([TokenLevel("odd", {mse: 1.0, squared: 0.5})], {"signal_at": "token"}, r"'odd'.*squared"),
+        ([fast(signal="predicted_targets")], {}, "'fast'.*'backprop', not 'predicted_targets'.* mnm takes"),
     ],
-    ids=["no level", "period 6", "period 3", "period 100", "deep token", "cosine token", "unwritten token"],
+    ids=["no level", "period 6", "period 3", "period 100", "deep token", "cosine token", "unwritten token", "signal"],
 )
 def test_settings_that_exclude_each_other_are_told_with_the_nearest_that_do_not(levels, settings, told):
     with pytest.raises(ValueError, match=told):

@@ -63,7 +63,7 @@ class RuleConfig(Located):
     A learned `lr` lies in (0, `lr_max`).
     """
 
-    signal: Literal["backprop"] = "backprop"
+    signal: Literal["backprop", "predicted_targets", "hebbian"] = "backprop"
     lr: NonNegative | Learned = "learned"
     lr_max: Positive = 1.0
     momentum: Fraction | Learned = 0.0

@@ -194,6 +194,11 @@ def check(network: Network, levels: Sequence[TokenLevel], chunk: int, signal_at:
     if len(set(names)) < len(names):
         raise ValueError(f"levels need different names: {names}")
     for level in levels:
+        if level.signal != "backprop":
+            raise ValueError(
+                f"level {level.name!r}: fast_weights takes the signal 'backprop', not {level.signal!r}; "
+                f"the kind mnm takes 'predicted_targets'"
+            )
         if level.period > 1 and level.period % chunk and chunk % level.period:
             raise ValueError(
                 f"level {level.name!r}: period {level.period} and chunk {chunk} do not divide one another; "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from metamem.memory.signals import Objective
 
 Learned = Literal["learned"]
+Signal = Literal["backprop", "predicted_targets", "hebbian"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class TokenLevel:
     the next token on.
 
     - `objectives`  objective -> weight; their signal is the weighted sum
+    - `signal`      δ: by `backprop` of the objectives, by `predicted_targets` (a slow map of the value gives each
+                    layer's target), or `hebbian` (−v)
     - `lr`          η: `learned` per token and head in (0, `lr_max`), or a constant. The writes of a chunk of C tokens
                     with signals at its start act at once: of unit keys, rates up to about 1 / C are stable
     - `momentum`    β: `learned` per token and head, or a constant in [0, 1); 0 keeps no momentum
@@ -31,6 +34,7 @@ class TokenLevel:
     name: str
     objectives: dict[Objective, float] = field(hash=False)
     period: int = 1
+    signal: Signal = "backprop"
     lr: float | Learned = "learned"
     lr_max: float = 1.0
     momentum: float | Learned = 0.0
@@ -44,6 +48,8 @@ class TokenLevel:
             raise ValueError(f"level {self.name!r} has no objective")
         if self.period < 1:
             raise ValueError(f"level {self.name!r}: period must be at least 1, not {self.period}")
+        if self.signal not in get_args(Signal):
+            raise ValueError(f"level {self.name!r}: there is no signal {self.signal!r} ({', '.join(get_args(Signal))})")
         if self.lr_max <= 0:
             raise ValueError(f"level {self.name!r}: lr_max must be above 0, not {self.lr_max}")
         for gate, value, below in (
