@@ -2,12 +2,17 @@
 
     y_t = Σ_{t−window < s ≤ t} softmax_s(q_t · k_s / √d) v_s,   rotary positions
 
+`persistent` adds learned tokens p that every query sees beside its window, without a position: Titans' sliding-window
+attention with a prefix, SW-Attn*([p_1 … p_N] ∥ x) (Behrouz et al. 2024, arXiv 2501.00663, equations 26 and 27).
+
 With a window it is computed block against (previous and own) block, so that a token costs O(window) at any length. The
 cache holds keys before their rotation, and positions count from the start of the cache: a stream may go on for ever.
 Without one the cache, and the cost of a token, grow with every token read.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -24,21 +29,25 @@ Seen = Float[Tensor, "batch heads seen dim_head"]  # the cache, then the tokens 
 
 @MODULES.register("attention")
 class Attention(Stateful):
-    """Attention of `heads` heads over the last `window` tokens, the token itself included; None: over all of them.
+    """Attention of `heads` heads over the last `window` tokens, the token itself included (None: over all of them),
+    and over `persistent` learned tokens.
 
     Raises ValueError where a head would have an odd number of features, or the window no token.
     """
 
-    def __init__(self, dim: int, heads: int = 4, window: int | None = 64) -> None:
+    def __init__(self, dim: int, heads: int = 4, window: int | None = 64, persistent: int = 0) -> None:
         super().__init__()
         if dim % heads or dim // heads % 2:
             raise ValueError(f"dim {dim} over {heads} heads must give each an even number of features")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, or null for all tokens, not {window}")
+        if persistent < 0:
+            raise ValueError(f"persistent must be a number of tokens, not {persistent}")
         self.dim_in = self.dim_out = dim
         self.heads, self.window = heads, window
         self.project = nn.Linear(dim, 3 * dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
+        self.persistent = nn.Parameter(torch.randn(persistent, dim)) if persistent else None
 
     def init_state(self, batch: int) -> State:
         """An empty cache: of its `window` places (without a window, one for each token read) the last `count` are
@@ -75,52 +84,75 @@ class Attention(Stateful):
             "values": values[:, :, passed:].to(state["values"].dtype),
             "count": count if self.window is None else count.clamp(max=self.window),
         }
-        if self.window is None:
+        if self.window is None and self.persistent is None:
             attended = _attend_to_all(queries, keys, values, state["count"])
         else:
-            attended = _attend(queries, keys, values, state["count"], self.window)
+            fixed = None if self.persistent is None else fixed_tokens(self.project(self.persistent), self.heads)
+            attended = _attend(queries, keys, values, state["count"], self.window, fixed)
         return self.output(rearrange(attended, "b h t d -> b t (h d)")), after
+
+
+class Fixed(NamedTuple):
+    """Keys and values of learned tokens, which every query sees and which have no position."""
+
+    keys: Float[Tensor, "heads fixed dim_head"]
+    values: Float[Tensor, "heads fixed dim_head"]
+
+
+def fixed_tokens(projected: Float[Tensor, "fixed three_dim"], heads: int) -> Fixed:
+    """Those of learned tokens that were projected as all tokens are, to queries, keys and values."""
+    return Fixed(*rearrange(projected, "n (three h d) -> three h n d", three=3, h=heads)[1:])
 
 
 def _attend_to_all(queries: Heads, keys: Seen, values: Seen, count: Int[Tensor, "batch"]) -> Heads:
     """`keys` and `values` end with those of the queries; of the ones before, the last `count` are real."""
     tokens, seen = queries.shape[2], keys.shape[2]
-    queries, keys = _rotate(queries, first=seen - tokens), _rotate(keys, first=0)
+    queries, keys = rotate(queries, first=seen - tokens), rotate(keys, first=0)
     if seen == tokens:
         return functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    visible = _visible(count, 1, tokens, seen - tokens, window=seen)[:, :, 0]
-    return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
+    seen_by = visible(count, tokens, seen - tokens)[:, :, 0]
+    return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen_by)
 
 
-def _attend(queries: Heads, keys: Seen, values: Seen, count: Int[Tensor, "batch"], window: int) -> Heads:
-    """`keys` and `values` begin `window` tokens before the queries, `count` of these are real."""
+def _attend(
+    queries: Heads, keys: Seen, values: Seen, count: Int[Tensor, "batch"], window: int | None, fixed: Fixed | None
+) -> Heads:
+    """`keys` and `values` end with those of the queries; of the ones before (`window`, if there is one), the last
+    `count` are real. In blocks of up to `window` queries."""
     tokens = queries.shape[2]
-    block = min(window, tokens)
-    fill = -tokens % block
-    queries = functional.pad(_rotate(queries, first=window), (0, 0, 0, fill))
-    keys, values = (functional.pad(x, (0, 0, 0, fill)) for x in (_rotate(keys, first=0), values))
-    queries = rearrange(queries, "b h (n t) d -> b h n t d", t=block)
-    keys, values = (x.unfold(2, window + block, block).mT for x in (keys, values))
-    scores = queries @ keys.mT * queries.shape[-1] ** -0.5
-    scores = scores.masked_fill(~_visible(count, queries.shape[2], block, window, window), -torch.inf)
-    return rearrange(scores.softmax(-1) @ values, "b h n t d -> b h (n t) d")[:, :, :tokens]
+    before = keys.shape[2] - tokens
+    block = min(window or tokens, tokens)
+    fill = (0, 0, 0, -tokens % block)
+    turned, keys = rotate(queries, first=before), rotate(keys, first=0)
+    queries, turned = (
+        rearrange(functional.pad(x, fill), "b h (n t) d -> b h n t d", t=block) for x in (queries, turned)
+    )
+    keys, values = (functional.pad(x, fill).unfold(2, before + block, block).mT for x in (keys, values))
+    scores = turned @ keys.mT
+    scores = scores.masked_fill(~visible(count, block, before, queries.shape[2], window), -torch.inf)
+    if fixed is not None:
+        # By the unturned queries: a turned one would see a distance to what has no position.
+        scores = torch.cat([queries @ fixed.keys.unsqueeze(1).mT, scores], -1)
+        values = torch.cat([fixed.values.unsqueeze(1).expand(*values.shape[:3], -1, -1), values], -2)
+    weights = (scores * queries.shape[-1] ** -0.5).softmax(-1)
+    return rearrange(weights @ values, "b h n t d -> b h (n t) d")[:, :, :tokens]
 
 
-def _visible(
-    count: Int[Tensor, "batch"], blocks: int, block: int, before: int, window: int
+def visible(
+    count: Int[Tensor, "batch"], block: int, before: int, blocks: int = 1, window: int | None = None
 ) -> Bool[Tensor, "batch 1 blocks block span"]:
     """Which keys a query sees: the last `window` before and with it, of those that are real. A block's keys begin
     `before` tokens before it; of those before the first block, the last `count` are real."""
     device = count.device
     query = before + torch.arange(block, device=device)[:, None]
     key = torch.arange(before + block, device=device)[None, :]
-    near = (key <= query) & (key > query - window)
+    near = (key <= query) & (key > query - (window or before + block))
     absolute = key[0] + block * torch.arange(blocks, device=device)[:, None]
     real = absolute >= before - count[:, None, None]
     return (near & real[:, :, None, :])[:, None]
 
 
-def _rotate(x: Heads, first: int) -> Heads:
+def rotate(x: Heads, first: int) -> Heads:
     """Rotary position embedding, positions from `first`."""
     half = x.shape[-1] // 2
     exact = torch.promote_types(x.dtype, torch.float32)  # a position in bfloat16 would be rounded

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from small_models import close, in_pieces, inner_level, named, recurrent, shaken, slopes, streaming_law
 from torch.nn import functional
 
@@ -25,7 +25,8 @@ def rotated(x):
 
 
 def naive(attention, x):
-    """softmax over the whole matrix of scores, a band of `window` tokens left in it, or without one the past."""
+    """softmax over the whole matrix of scores, a band of `window` tokens left in it, or without one the past; before
+    it the persistent tokens, seen by all, with nothing rotated."""
     batch, tokens, dim = x.shape
     heads = dim // attention.heads
     projected = (x @ attention.project.weight.T).reshape(batch, tokens, 3, attention.heads, heads)
@@ -33,6 +34,10 @@ def naive(attention, x):
     scores = torch.einsum("bthd,bshd->bhts", rotated(q), rotated(k)) / heads**0.5
     t, s = torch.arange(tokens)[:, None], torch.arange(tokens)
     scores = scores.where((s <= t) & (t - (attention.window or tokens) < s), -torch.inf)
+    if attention.persistent is not None:
+        p = (attention.persistent @ attention.project.weight.T).reshape(-1, 3, attention.heads, heads)
+        to_p = torch.einsum("bthd,nhd->bhtn", q, p[:, 1]) / heads**0.5
+        scores, v = torch.cat([to_p, scores], -1), torch.cat([p[:, 2].expand(batch, -1, -1, -1), v], 1)
     attended = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
     return attended.reshape(batch, tokens, dim) @ attention.output.weight.T
 
@@ -40,9 +45,10 @@ def naive(attention, x):
 SIZES = [(4, 11), (4, 8), (8, 8), (16, 5), (5, 4), (1, 6), (3, 1), (7, 40), (None, 11), (None, 1)]
 
 
+@pytest.mark.parametrize("persistent", [0, 3])
 @pytest.mark.parametrize("window, tokens", SIZES)
-def test_values_and_gradients_are_those_of_the_full_matrix(window, tokens):
-    attention, x = Attention(DIM, HEADS, window), torch.randn(2, tokens, DIM, requires_grad=True)
+def test_values_and_gradients_are_those_of_the_full_matrix(window, tokens, persistent):
+    attention, x = Attention(DIM, HEADS, window, persistent), torch.randn(2, tokens, DIM, requires_grad=True)
     y, expected = attention(x)[0], naive(attention, x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
     weights, of = torch.randn_like(y), [x, *attention.parameters()]
@@ -50,17 +56,19 @@ def test_values_and_gradients_are_those_of_the_full_matrix(window, tokens):
     torch.testing.assert_close(mine, torch.autograd.grad((weights * expected).sum(), of), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("window", [1, 3, 6, 20])  # 20: longer than the stream, the cache never fills
-def test_streaming_law(window):
-    streaming_law(Attention(DIM, HEADS, window), torch.randn(3, 13, DIM, requires_grad=True))
+@pytest.mark.parametrize("window, persistent", [(1, 0), (3, 0), (6, 2), (20, 0)])  # 20: the cache never fills
+def test_streaming_law(window, persistent):
+    streaming_law(Attention(DIM, HEADS, window, persistent), torch.randn(3, 13, DIM, requires_grad=True))
 
 
-def test_streaming_law_without_a_window():
+@pytest.mark.parametrize("persistent", [0, 2])
+def test_streaming_law_without_a_window(persistent):
     """The cache of a row that was reset keeps the places that another row fills: outputs are compared, not caches."""
-    attention, x = Attention(DIM, HEADS, None), torch.randn(3, 13, DIM, requires_grad=True)
+    attention, x = Attention(DIM, HEADS, None, persistent), torch.randn(3, 13, DIM, requires_grad=True)
     y, state = attention(x)
     whole, steepness = named(y, state), slopes(attention, x, y, state)
 
+    @settings(max_examples=20)
     @given(cuts=CUTS, at=st.integers(1, 12), rows=st.lists(st.booleans(), min_size=3, max_size=3))
     def law(cuts, at, rows):
         pieces = in_pieces(attention, x, cuts)
@@ -77,15 +85,15 @@ def test_streaming_law_without_a_window():
     law()
 
 
-@pytest.mark.parametrize("window", [5, None])
-def test_one_token_at_a_time_is_the_full_matrix(window):
-    attention, x = Attention(DIM, HEADS, window), torch.randn(2, 17, DIM)
+@pytest.mark.parametrize("window, persistent", [(5, 0), (None, 0), (5, 2), (None, 2)])
+def test_one_token_at_a_time_is_the_full_matrix(window, persistent):
+    attention, x = Attention(DIM, HEADS, window, persistent), torch.randn(2, 17, DIM)
     torch.testing.assert_close(in_pieces(attention, x, range(1, 17))[0], naive(attention, x))
 
 
-@pytest.mark.parametrize("window", [6, None])
-def test_rows_at_different_counts_each_see_their_own_past(window):
-    attention, x = Attention(DIM, HEADS, window), torch.randn(3, 12, DIM)
+@pytest.mark.parametrize("window, persistent", [(6, 0), (None, 0), (6, 2), (None, 2)])
+def test_rows_at_different_counts_each_see_their_own_past(window, persistent):
+    attention, x = Attention(DIM, HEADS, window, persistent), torch.randn(3, 12, DIM)
     begins = [0, 4, 9]
     state, outputs = attention.init_state(3), []
     for t in range(12):
@@ -98,16 +106,17 @@ def test_rows_at_different_counts_each_see_their_own_past(window):
         torch.testing.assert_close(own, naive(attention, x[row : row + 1, begin:])[0])
 
 
-@pytest.mark.parametrize("window", [4, None])
-def test_a_token_reaches_itself_and_the_rest_of_its_window_only(window):
-    attention, x = Attention(DIM, HEADS, window), torch.randn(1, 11, DIM)
+@pytest.mark.parametrize("window, persistent", [(4, 0), (None, 0), (4, 2), (None, 2)])
+def test_a_token_reaches_itself_and_the_rest_of_its_window_only(window, persistent):
+    attention, x = Attention(DIM, HEADS, window, persistent), torch.randn(1, 11, DIM)
     jacobian = torch.autograd.functional.jacobian(lambda x: attention(x)[0], x).abs().amax((0, 2, 3, 5))
     t, s = torch.arange(11)[:, None], torch.arange(11)
     assert torch.equal(jacobian > 1e-12, (s <= t) & (s > t - (window or 11)))
 
 
-def test_a_stream_may_go_on_for_ever():
-    attention, x = Attention(DIM, HEADS, 4), torch.randn(1, 600, DIM)
+@pytest.mark.parametrize("persistent", [0, 2])
+def test_a_stream_may_go_on_for_ever(persistent):
+    attention, x = Attention(DIM, HEADS, 4, persistent), torch.randn(1, 600, DIM)
     with torch.no_grad():
         state = attention(x)[1]
         late = attention(x[:, :9], state)
@@ -178,9 +187,20 @@ def test_a_session_with_a_grown_cache_is_saved_and_goes_on(tmp_path):
     assert torch.equal(session.observe(tokens[:, 10:]).losses, other.observe(tokens[:, 10:]).losses)
 
 
-def test_a_window_of_no_token_is_refused():
+@pytest.mark.parametrize("window", [2, None])
+def test_every_query_sees_the_persistent_tokens_however_late(window):
+    """The last token of a long stream, whose window has long left the start, has a gradient to each of them."""
+    attention = Attention(DIM, HEADS, window, persistent=3)
+    y, _ = in_pieces(attention, torch.randn(1, 40, DIM), [13, 26])
+    (gradient,) = torch.autograd.grad(y[0, -1].square().sum(), attention.persistent)
+    assert (gradient.abs().amax(-1) > 1e-9).all()
+
+
+def test_a_window_of_no_token_and_less_than_no_persistent_token_are_refused():
     with pytest.raises(ValueError, match="window must be at least 1, or null for all tokens, not 0"):
         Attention(DIM, HEADS, 0)
+    with pytest.raises(ValueError, match="persistent must be a number of tokens, not -1"):
+        Attention(DIM, HEADS, persistent=-1)
 
 
 def test_an_odd_number_of_features_a_head_is_refused():
