@@ -90,5 +90,11 @@ def test_schema_knows_the_registered_kinds_and_tasks() -> None:
     assert schema["properties"]["training"]["$ref"] == "#/$defs/TrainingConfig"
     steps = schema["$defs"]["TrainingConfig"]["properties"]["steps"]
     assert steps["anyOf"][0] == {"type": "integer", "minimum": 1} and steps["default"] == 2000
-    assert schema["$defs"]["LevelConfig"]["required"] == ["name", "clock", "objective", "groups"]
+    listed, named = schema["$defs"]["HierarchyConfig"]["properties"]["levels"]["anyOf"]
+    level = {"$ref": "#/$defs/LevelConfig"}
+    assert listed["items"] == {**level, "required": ["name", "clock", "objective", "groups"]}
+    assert named["additionalProperties"] == {"anyOf": [level, {"type": "null"}]}
+    assert schema["$defs"]["NetworkConfig"]["properties"]["modules"]["additionalProperties"] == {
+        "anyOf": [{"$ref": "#/$defs/Module"}, {"type": "string", "pattern": r"\$\{"}]
+    }
     assert "from" in schema["$defs"]["ConnectionConfig"]["properties"]

@@ -80,17 +80,19 @@ def check_network(network: NetworkConfig) -> None:
 
 def check_hierarchy(hierarchy: HierarchyConfig) -> None:
     """Levels in order with unique names; each has what its clock needs; no two clocks fight over a group's weights."""
-    places, names = hierarchy.where / "levels", [level.name for level in hierarchy.levels]
+    names = [level.name for level in hierarchy.levels]
     if not names:
-        raise places.error("the list is empty: nothing would learn")
+        raise (hierarchy.where / "levels").error("there is none: nothing would learn")
     for i, level in enumerate(hierarchy.levels):
         if level.name in names[:i]:
-            raise places.at(i, "name").error(f"{level.name!r} is already the name of levels[{names.index(level.name)}]")
+            raise (level.where / "name").error(
+                f"{level.name!r} is already the name of levels[{names.index(level.name)}]"
+            )
         if not _PART_NAME.fullmatch(level.name):
-            raise places.at(i, "name").error(f"{level.name!r} cannot name a level: use letters, digits and '_'")
+            raise (level.where / "name").error(f"{level.name!r} cannot name a level: use letters, digits and '_'")
         _check_level(level, hierarchy)
-        if i and _speed(level) < _speed(before := hierarchy.levels[i - 1]):
-            raise (places / i).error(
+        if i and level.speed < (before := hierarchy.levels[i - 1]).speed:
+            raise level.where.error(
                 f"{_pace(level)} is faster than {_pace(before)} of {before.name!r} before it; "
                 f"list the levels fast to slow ({', '.join(CLOCKS)}, then period)"
             )
@@ -147,10 +149,6 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
             raise where.at("optimizer", "momentum").error(f"is sgd's; {optimizer.name} has betas")
         if optimizer.name == "sgd" and optimizer.betas != type(optimizer).betas:
             raise where.at("optimizer", "betas").error("are those of adam and adamw; sgd has momentum")
-
-
-def _speed(level: LevelConfig) -> tuple[int, int]:
-    return CLOCKS.index(level.clock), level.period
 
 
 def _pace(level: LevelConfig) -> str:

@@ -1,8 +1,8 @@
 """Plain YAML values to typed Python ones, by annotation: the one type check of configs and of registered options.
 
 Understood are bool, int, float, str, None, `Literal`, unions, `list[X]`, `tuple[X, ...]`, `tuple[X, Y]`,
-`dict[str, X]`, `Any`, schema dataclasses, and `Annotated` with a `Range` or `ONE_OR_MORE`. OmegaConf's structured
-configs know most of these, but their errors lose the index inside a list and know neither file nor line.
+`dict[str, X]`, `Any`, schema dataclasses, and `Annotated` with a `Range`, `ONE_OR_MORE` or `ByName`. OmegaConf's
+structured configs know most of these, but their errors lose the index inside a list and know neither file nor line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from metamem.config.errors import Where, nearest, show
@@ -39,6 +39,15 @@ class Range:
 
 
 ONE_OR_MORE = "one or more"  # Annotated[list[X], ONE_OR_MORE]: a single X stands for a list of one
+
+
+@dataclasses.dataclass(frozen=True)
+class ByName:
+    """Annotated[list[X], ByName(order)]: may be a mapping name -> X instead, put in the order of that key, the names'
+    own where it is equal; null stands for an X that was taken out."""
+
+    order: Callable[[Any], Any]
+
 
 SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a mapping"}
 
@@ -72,6 +81,9 @@ def convert(value: Any, annotation: Any, where: Where) -> Any:
 
 def _convert_annotated(value: Any, annotation: Any, where: Where) -> Any:
     inner, *marks = get_args(annotation)
+    for mark in marks:
+        if isinstance(mark, ByName) and isinstance(value, dict):
+            return _convert_by_name(value, get_args(inner)[0], mark, where)
     if ONE_OR_MORE in marks:
         value = value if isinstance(value, list) else [value]
         if not value:
@@ -84,6 +96,18 @@ def _convert_annotated(value: Any, annotation: Any, where: Where) -> Any:
         if isinstance(mark, Range) and isinstance(result, int | float) and result not in mark:
             raise where.error(f"must be {mark}, not {show(value)}")
     return result
+
+
+def _convert_by_name(value: dict[str, Any], kind: Any, mark: ByName, where: Where) -> list[Any]:
+    items = []
+    for name, item in value.items():
+        if isinstance(item, dict):
+            if item.get("name", name) != name:
+                raise (where / name / "name").error(f"is {show(item['name'])}, but its key already names it {name!r}")
+            item = {**item, "name": name}
+        if item is not None:
+            items.append(convert(item, kind, where / name))
+    return sorted(items, key=mark.order)
 
 
 def _convert_dataclass(value: dict[str, Any], cls: Any, where: Where) -> Any:
@@ -117,7 +141,8 @@ def describe(annotation: Any) -> str:
     if origin is Annotated:
         marks = [str(mark) for mark in arguments[1:] if isinstance(mark, Range)]
         single = f"{describe(get_args(arguments[0])[0])} or " if ONE_OR_MORE in arguments[1:] else ""
-        return single + describe(arguments[0]) + "".join(f" ({mark})" for mark in marks)
+        named = " or a mapping" if any(isinstance(mark, ByName) for mark in arguments[1:]) else ""
+        return single + describe(arguments[0]) + named + "".join(f" ({mark})" for mark in marks)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in arguments)
     if origin is Literal:

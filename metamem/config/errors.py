@@ -35,6 +35,12 @@ class Sources:
         self.places = dict(places or {})
         self.labels = dict(labels or {})
 
+    def copy(self, source: Path, target: Path) -> None:
+        """What is below `source` stands at `target` too, and was written where it was."""
+        for known in (self.places, self.labels):
+            below = {path[len(source) :]: text for path, text in known.items() if path[: len(source)] == source}
+            known.update({(*target, *path): text for path, text in below.items() if path})
+
 
 class Where:
     """A key path of a config, and the file and line that it came from (those of the nearest parent that has one)."""

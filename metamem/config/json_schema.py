@@ -9,7 +9,7 @@ import dataclasses
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from metamem.config.convert import ONE_OR_MORE, Range, key_of, schema_fields
+from metamem.config.convert import ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.schema import Config, NetworkConfig
 from metamem.registry import MODULES, TASKS, Registry
 
@@ -29,7 +29,9 @@ def json_schema() -> Schema:
     top["properties"]["extends"] = {"anyOf": [files, {"type": "array", "items": files}]}
     top["properties"]["task"] = _entries(TASKS, definitions)
     definitions["Module"] = _entries(MODULES, definitions)
-    definitions[NetworkConfig.__name__]["properties"]["modules"]["additionalProperties"] = _ref("Module")
+    definitions[NetworkConfig.__name__]["properties"]["modules"]["additionalProperties"] = {
+        "anyOf": [_ref("Module"), _REFERENCE]
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "metamem config",
@@ -50,6 +52,10 @@ def _schema(annotation: Any, definitions: Schema, in_list: bool = False) -> Sche
             if isinstance(mark, Range):
                 bounds = {_BOUNDS[key]: bound for key, bound in dataclasses.asdict(mark).items() if bound is not None}
                 schema = {"anyOf": [{**schema["anyOf"][0], **bounds}, *schema["anyOf"][1:]]}
+            elif isinstance(mark, ByName):
+                item = _schema(get_args(arguments[0])[0], definitions)
+                named = {"type": "object", "additionalProperties": {"anyOf": [item, {"type": "null"}]}}
+                schema = {"anyOf": [schema, named]}
             elif mark == ONE_OR_MORE:
                 schema = {"anyOf": [schema["items"], {**schema, "minItems": 1}]}
         return schema
@@ -78,26 +84,26 @@ def _schema(annotation: Any, definitions: Schema, in_list: bool = False) -> Sche
 
 
 def _dataclass(cls: Any, definitions: Schema, in_list: bool) -> Schema:
+    fields = list(schema_fields(cls))
     if cls.__name__ not in definitions:
         definitions[cls.__name__] = {}
         hints = get_type_hints(cls, include_extras=True)
-        properties, required = {}, []
-        for field in schema_fields(cls):
+        properties = {}
+        for field in fields:
             schema = _schema(hints[field.name], definitions)
             if field.default is not dataclasses.MISSING:
                 schema = {**schema, "default": field.default}
-            elif field.default_factory is dataclasses.MISSING:
-                required.append(key_of(field))
             properties[key_of(field)] = schema
         definitions[cls.__name__] = {
             "type": "object",
             "description": " ".join((cls.__doc__ or "").split()),
             "properties": properties,
             "additionalProperties": False,
-            # Lists replace when files merge, so that an item is whole; a mapping may be completed by another file.
-            **({"required": required} if in_list and required else {}),
         }
-    return _ref(cls.__name__)
+    # Lists replace when files merge, so that an item is whole; a mapping may be completed by another file.
+    missing = dataclasses.MISSING
+    required = [key_of(field) for field in fields if field.default is missing and field.default_factory is missing]
+    return {**_ref(cls.__name__), **({"required": required} if in_list and required else {})}
 
 
 def _entries(registry: Registry[Any], definitions: Schema) -> Schema:

@@ -52,6 +52,9 @@ for _name, _pattern, _first in _SCALARS:
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^{_pattern}$"), _first)
 
 
+LEVELS: Path = ("hierarchy", "levels")
+
+
 @dataclass
 class Node:
     """A value and the place of its key; mappings and lists hold nodes."""
@@ -127,8 +130,13 @@ def _scalar(node: yaml.ScalarNode, place: str) -> Any:
 def merge(base: Node, new: Node, path: Path = ()) -> Node:
     """`new` over `base`: mappings merge key by key, everything else (lists too) is replaced.
 
-    The task and a module start afresh where `new` chooses another `name` or `kind`, whose options are other ones.
+    What `chooser` knows starts afresh where `new` chooses another `name` or `kind`, whose options are other ones; a
+    level's objective is replaced whole; levels by name merge over a list of them too.
     """
+    if path == LEVELS and isinstance(new.value, dict):
+        base = _by_name(base)
+    if path[:2] == LEVELS and path[-1] == "objective":
+        return new
     if not isinstance(base.value, dict) or not isinstance(new.value, dict):
         return new
     choice = chooser(path)
@@ -142,9 +150,19 @@ def merge(base: Node, new: Node, path: Path = ()) -> Node:
 
 def chooser(path: Path) -> str | None:
     """The key that says what the mapping at `path` is, and with it which other keys it may have."""
-    if path == ("task",):
+    if path == ("task",) or (path[:2] == LEVELS and path[-1] == "optimizer"):
         return "name"
-    return "kind" if path[:1] == ("network",) and path[-2:-1] == ("modules",) else None
+    of_module = path[:1] == ("network",) and path[-2:-1] == ("modules",)
+    return "kind" if of_module or (path[:1] == ("vars",) and len(path) > 1) else None
+
+
+def _by_name(node: Node) -> Node:
+    """A list of mappings that each have a `name`, as a mapping by it; anything else as it is."""
+    items = node.value if isinstance(node.value, list) else []
+    names = [item.value.get("name") if isinstance(item.value, dict) else None for item in items]
+    if not items or not all(name and isinstance(name.value, str) for name in names):
+        return node
+    return Node({name.value: item for name, item in zip(names, items, strict=True) if name}, node.place)
 
 
 def strip(root: Node) -> tuple[Any, Sources]:

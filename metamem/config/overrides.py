@@ -1,7 +1,8 @@
 """Command-line overrides: `training.steps=20`, `hierarchy.levels.surprise.period=4`, `hierarchy.levels[0].period=4`.
 
-The value is YAML. A list item is named by its index or by its `name`. An override changes what the config has or what
-the schema knows; a key that neither knows is an error, never a silent new entry.
+The value is YAML. A list item is named by its index or by its `name`; a level that is set to null is taken out. An
+override changes what the config has or what the schema knows; a key that neither knows is an error, never a silent new
+entry.
 """
 
 from __future__ import annotations
@@ -37,17 +38,21 @@ def _parse(text: str) -> tuple[list[str], Node]:
 def _set(node: Node, keys: list[str], value: Node, path: Path) -> None:
     value.place = PLACE
     key, rest = keys[0], keys[1:]
-    if path[:2] == ("hierarchy", "levels") and path[-1] == "objective":
+    if path[:2] == nodes.LEVELS and path[-1] == "objective":
         key, rest = ".".join(keys), []  # an objective is named by a dotted path, which is one key
     if isinstance(node.value, list):
         index = _index(node.value, key, path)
         if rest:
             _set(node.value[index], rest, value, (*path, index))
+        elif value.value is None and path == nodes.LEVELS:
+            del node.value[index]
         else:
             node.value[index] = value
         return
     if not isinstance(node.value, dict):
-        raise _where(path).error(f"is {show(node.value)}, and has no {key!r} to set")
+        reference = re.fullmatch(r"\$\{([\w.]+)\}", str(node.value))
+        hint = f"; set {reference[1]}.{'.'.join(keys)}" if reference else ""
+        raise _where(path).error(f"is {show(node.value)}, and has no {key!r} to set{hint}")
     entries: dict[str, Node] = node.value
     if rest:
         if key not in entries:
@@ -87,17 +92,17 @@ def _schema_keys(path: Path) -> list[str]:
     """The keys that the schema has at this path, which a file may have left out."""
     if path == ():
         return [field.name for field in fields(Config) if field.name != "where"]
-    if len(path) == 3 and path[:2] == ("hierarchy", "levels"):
+    if len(path) == 3 and path[:2] == nodes.LEVELS:
         return [field.name for field in fields(LevelConfig) if field.name != "where"]
     return []
 
 
 def _may_be_new(path: Path, value: Node) -> bool:
     """Whether a new last key may be right. Options and fields are checked later, against the kind or the schema; a new
-    module or group must be given whole; a variable that no file has is read by nothing."""
-    if path[-1:] in (("modules",), ("groups",)):
+    module, group or level must be given whole; a variable that no file has is read by nothing."""
+    if path[-1:] in (("modules",), ("groups",)) or path == nodes.LEVELS:
         return isinstance(value.value, dict)
-    return path[:1] != ("vars",)
+    return path != ("vars",)
 
 
 def _where(path: Path) -> Where:

@@ -7,10 +7,11 @@ fast). All dataclasses are frozen, and each knows the file and line that it came
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from metamem.config.convert import ONE_OR_MORE, Range, key_of, schema_fields
+from metamem.config.convert import ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.errors import Where
 
 Clock = Literal["token", "inner", "step"]
@@ -100,13 +101,22 @@ class LevelConfig(Located):
     optimizer: OptimizerConfig | None = None
     unroll: Whole | None = None
 
+    @property
+    def speed(self) -> tuple[int, int]:
+        """What levels are ordered by, fast to slow: the clock, then the period."""
+        return CLOCKS.index(self.clock), self.period
+
 
 @dataclass(frozen=True)
 class HierarchyConfig(Located):
-    """The levels, fast to slow, and the parameter groups that they address."""
+    """The levels and the parameter groups that they address.
+
+    Levels are a list, fast to slow, which replaces that of a file it extends; or a mapping name -> level in any order,
+    which merges with it by name, where null takes one out.
+    """
 
     groups: dict[str, GroupConfig]
-    levels: list[LevelConfig]
+    levels: Annotated[list[LevelConfig], ByName(operator.attrgetter("speed"))]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""References in a config: `${vars.dim}` stands for a value, `${vars.memory}` for a whole mapping, such as a module.
+
+OmegaConf resolves values. A mapping is resolved in its own place, whose lines its errors name, and then stands at both.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from metamem.config.errors import ConfigError, Path, Sources, Where
+
+_REFERENCE = re.compile(r"\$\{\s*([\w.\[\]-]+)\s*\}")
+
+
+def interpolate(tree: Any, sources: Sources) -> Any:
+    """The tree with every `${...}` replaced, and `sources` told of what stands at a second place now."""
+    _check(tree, Where(sources))
+    return _Resolver(tree, sources).part((), Where(sources))
+
+
+def escape(value: Any) -> Any:
+    """Text that looks like a reference but is none any more, so that reading it back leaves it alone."""
+    if isinstance(value, dict):
+        return {key: escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escape(item) for item in value]
+    # A backslash in front of a reference would escape it, and so is itself escaped.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+class _Resolver:
+    """Follows references through a tree; `within` are the parts that it stands in, to find one that holds itself."""
+
+    def __init__(self, tree: Any, sources: Sources) -> None:
+        self.tree, self.sources = tree, sources
+        self.config = OmegaConf.create(tree)
+        self.within: list[Path] = []
+
+    def part(self, path: Path, where: Where) -> Any:
+        """The mapping or list at a path, as it stands at `where`."""
+        if path in self.within or (path and where.path[: len(path)] == path):
+            raise RecursionError
+        value, container = self.tree, self.config
+        for key in path:
+            value, container = value[key], container[key]
+        self.within.append(path)
+        result = self.resolved(value, container, Where(self.sources, path))
+        self.within.pop()
+        if path:
+            self.sources.copy(path, where.path)
+        return result
+
+    def resolved(self, value: Any, container: Any, where: Where) -> Any:
+        if isinstance(value, dict):
+            return {key: self.item(child, container, key, where / key) for key, child in value.items()}
+        return [self.item(child, container, i, where / i) for i, child in enumerate(value)]
+
+    def item(self, value: Any, container: Any, key: str | int, where: Where) -> Any:
+        if isinstance(value, dict | list):
+            return self.resolved(value, container[key], where)
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        try:
+            path = _part(value, self.tree)
+            if path is not None:
+                return self.part(path, where)
+            result = container[key]
+            return OmegaConf.to_container(result, resolve=True) if OmegaConf.is_config(result) else result
+        except RecursionError:
+            raise where.error(f"{value!r} refers to itself") from None
+        except OmegaConfBaseException as error:
+            raise _reference_error(value, self.tree, where, error) from None
+
+
+def _part(value: str, tree: Any) -> Path | None:
+    """The path of the mapping or list that a value `${path}` stands for; None where it is anything else."""
+    seen: set[str] = set()
+    part: Any = value
+    path: Path = ()
+    while isinstance(part, str) and part not in seen:
+        seen.add(part)
+        reference = _REFERENCE.fullmatch(part)
+        if reference is None:
+            return None
+        part, path = tree, ()
+        for name in re.findall(r"[^.\[\]]+", reference[1]):
+            key = int(name) if isinstance(part, list) and name.isdecimal() else name
+            there = key in part if isinstance(part, dict) else isinstance(key, int) and key < len(part)
+            if not there:
+                return None
+            part, path = part[key], (*path, key)
+    return path if isinstance(part, dict | list) else None
+
+
+def _check(value: Any, where: Where) -> None:
+    """Refuse a malformed `${` here, where its place is known: OmegaConf refuses the whole tree for it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(item, where / key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check(item, where / i)
+    elif isinstance(value, str) and "${" in value:
+        try:
+            OmegaConf.create({"value": value})
+        except OmegaConfBaseException:
+            hint = "write ${vars.name}, or \\${ for the text itself"
+            raise where.error(f"{value!r} is not a valid reference; {hint}") from None
+
+
+def _reference_error(value: str, tree: Any, where: Where, error: Exception) -> ConfigError:
+    for reference in _REFERENCE.findall(value):
+        parent, known = reference.split("."), tree
+        for depth, key in enumerate(parent):
+            if not isinstance(known, dict) or key not in known:
+                choices = [".".join([*parent[:depth], name]) for name in known] if isinstance(known, dict) else []
+                return where.unknown(f"{value!r} refers to {reference}, which is not there", reference, choices)
+            known = known[key]
+    return where.error(f"{value!r}: {str(error).splitlines()[0]}")
