@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from metamem import attention, layers  # noqa: F401  (they register their kinds)
+from metamem import attention, controllers, layers  # noqa: F401  (they register their kinds)
 from metamem.config import Config, NetworkConfig, Where, check_measured, measured_objectives, network_config
 from metamem.config.schema import ConnectionConfig
 from metamem.globs import matches

@@ -1,4 +1,4 @@
-"""Targets: what a position should predict, and which positions are not asked at all."""
+"""Targets: what a position should predict, which positions are not asked at all, and how many were met."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def asked(targets: Int[Tensor, "*tokens"]) -> Bool[Tensor, "*tokens"]:
 def mean_asked(losses: Float[Tensor, "*tokens"], targets: Int[Tensor, "*tokens"]) -> Float[Tensor, ""]:
     """The mean of the losses over the positions asked, themselves 0 elsewhere; 0 where none is asked."""
     return losses.sum() / asked(targets).sum().clamp(min=1)
+
+
+def accuracy(answers: Int[Tensor, "*tokens"], targets: Int[Tensor, "*tokens"]) -> float:
+    """The share of the positions asked whose answer is the target; nan where none is asked."""
+    right = (answers == targets)[asked(targets)]
+    return float(right.double().mean())

@@ -1,5 +1,5 @@
-"""Every YAML in configs/: a full config loads, comes back from its own YAML, trains two steps and adapts one; a
-fragment, which lacks a task, a network or a hierarchy, is extended by a full one."""
+"""Every YAML in configs/: a whole config loads, comes back from its own YAML, trains two steps and adapts one; a
+fragment is extended by a whole one; a memory stands in for any other in one line."""
 
 import pytest
 import torch
@@ -11,7 +11,12 @@ from metamem import Session, build_task, load_config, load_run, train
 from metamem.cli import app
 from metamem.config import to_yaml
 
-WHOLE = {"task", "network", "hierarchy"}
+WHOLE = sorted(CONFIGS.glob("*.yaml"))
+FRAGMENTS = sorted(path.resolve() for path in CONFIGS.glob("*/*.yaml"))
+MEMORIES = sorted((CONFIGS / "memory").glob("*.yaml"))
+NETWORKS = ("memory_lm", "fast_weights_lm")
+SMALL = {"dim": 16, "blocks": 1}
+LENGTH = 64  # at least every memory's chunk and period
 
 
 def extended(path):
@@ -19,16 +24,6 @@ def extended(path):
     named = OmegaConf.to_container(OmegaConf.load(path)).get("extends") or []
     bases = [(path.parent / name).resolve() for name in ([named] if isinstance(named, str) else named)]
     return {*bases, *(further for base in bases for further in extended(base))}
-
-
-def is_full(path):
-    """Whether a config has a task, a network and a hierarchy, its own or inherited."""
-    return {key for file in (path, *extended(path)) for key in OmegaConf.load(file)} >= WHOLE
-
-
-FILES = sorted(path.resolve() for path in CONFIGS.rglob("*.yaml"))
-FULL = [path for path in FILES if is_full(path)]
-FRAGMENTS = [path for path in FILES if path not in FULL]
 
 
 def label(path):
@@ -42,24 +37,24 @@ def overrides(tmp_path):
 
     def of(path):
         config = load_config(path)
-        small = {"dim": 16, "blocks": 1}
-        settings = [f"vars.{name}={size}" for name, size in small.items() if name in config.vars]
+        settings = [f"vars.{name}={size}" for name, size in SMALL.items() if name in config.vars]
         settings += ["training.steps=2", "training.batch=2", "training.length=16", "training.warmup=0"]
-        return settings + ([f"task.path={text}"] if config.task["name"] == "english" else [])
+        task = {"english": [f"task.path={text}"], "associative_recall": ["task.pairs=[1, 4]", "task.examples=3"]}
+        return settings + task.get(config.task["name"], [])
 
     return of
 
 
-def test_there_are_full_configs_and_the_quickstart_is_one():
-    assert CONFIGS / "quickstart.yaml" in FULL
+def test_the_quickstart_is_a_whole_config():
+    assert CONFIGS / "quickstart.yaml" in WHOLE
 
 
-@pytest.mark.parametrize("path", FRAGMENTS, ids=label)
-def test_a_fragment_is_extended_by_a_full_config(path):
-    assert any(path in extended(full) for full in FULL), f"no full config extends {label(path)}: does anything use it?"
+@pytest.mark.parametrize("path", [path for path in FRAGMENTS if path not in MEMORIES], ids=label)
+def test_a_fragment_is_extended_by_a_whole_config(path):
+    assert any(path in extended(whole) for whole in WHOLE), f"no config extends {label(path)}: does anything use it?"
 
 
-@pytest.mark.parametrize("path", FULL, ids=label)
+@pytest.mark.parametrize("path", WHOLE, ids=label)
 def test_a_config_comes_back_from_its_own_yaml(path, tmp_path):
     config = load_config(path)
     (tmp_path / "again.yaml").write_text(to_yaml(config))
@@ -67,10 +62,10 @@ def test_a_config_comes_back_from_its_own_yaml(path, tmp_path):
     assert config.name == path.stem
 
 
-@pytest.mark.parametrize("path", FULL, ids=label)
-def test_a_config_trains_two_steps_and_adapts_one(path, tmp_path, overrides):
-    config = load_config(path, overrides(path))
-    trained = train(config, tmp_path / "runs", task=build_task(config))
+def run(path, overrides, folder):
+    """Two steps of training; then a period of adaptation, or eight tokens, of what was saved."""
+    config = load_config(path, overrides)
+    trained = train(config, folder, task=build_task(config))
     assert trained.step == 2
     model, config = load_run(trained.folder)
     session = Session(model, config)
@@ -78,11 +73,30 @@ def test_a_config_trains_two_steps_and_adapts_one(path, tmp_path, overrides):
     observed = session.observe(torch.randint(model.dim_out, (1, period)))
     assert observed.losses.shape == (1, period) and observed.losses.isfinite().all()
     assert (observed.updates > 0) == bool(session.loop.levels)
+    return trained
 
 
-@pytest.mark.parametrize("path", FULL, ids=label)
+@pytest.mark.parametrize("path", WHOLE, ids=label)
+def test_a_config_trains_two_steps_and_adapts_one(path, tmp_path, overrides):
+    run(path, overrides(path), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=label)
 def test_check_describes_a_config(path, overrides):
     result = CliRunner().invoke(app, ["check", str(path), *overrides(path)])
     assert result.exit_code == 0, result.output
     for level in load_config(path).hierarchy.levels:
         assert level.name in result.stdout
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda path: path.stem)
+def test_a_memory_stands_in_for_any_other_in_one_line(memory, network, tmp_path, overrides):
+    files = [memory, CONFIGS / "experiment/associative_recall.yaml", CONFIGS / f"network/{network}.yaml"]
+    path = tmp_path / f"{memory.stem}.yaml"
+    path.write_text(f"extends: {[str(file) for file in files]}\n")
+    trained = run(path, [*overrides(path), f"training.length={LENGTH}"], tmp_path / "runs")
+    model, levels = trained.model, load_config(path).hierarchy.levels
+    _, state, aux = model(torch.randint(model.dim_out, (2, 5)))
+    assert any(name.endswith("memory.surprise") for name in aux) == any(level.clock == "token" for level in levels)
+    assert model.blocks.reset_state(state["blocks"]).keys() == state["blocks"].keys()

@@ -388,7 +388,7 @@ def test_a_sequence_of_attention_and_memory_keeps_the_streaming_law(float64):
     ("overrides", "message"),
     [
         (
-            ["network.modules.blocks.modules.memory.signal_at=chunk", "network.modules.blocks.modules.memory.chunk=24"],
+            ["vars.memory.signal_at=chunk", "vars.memory.chunk=24"],
             "training.length: a sequence of 16 tokens is shorter than the chunk of blocks.0.memory, 24",
         ),
         (

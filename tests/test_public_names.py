@@ -39,7 +39,14 @@ NAMES = [
     "token_levels",
     "train",
 ]
-PACKAGES = ["metamem", "metamem.analysis", "metamem.config", "metamem.tasks", "metamem.training"]
+PACKAGES = [
+    "metamem",
+    "metamem.analysis",
+    "metamem.config",
+    "metamem.controllers",
+    "metamem.tasks",
+    "metamem.training",
+]
 
 
 def test_the_public_names_are_these():

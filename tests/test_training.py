@@ -317,3 +317,41 @@ def test_compiled_training_gives_the_same_loss(text, tmp_path):
     assert len(logged["true"]) == 3
     assert logged["true"] == pytest.approx(logged["false"], rel=1e-4)
     assert load_config(tmp_path / "compile-true" / "compile-true" / CONFIG).training.compile
+
+
+# Evaluation
+
+
+class Counting(Windows):
+    """A task that asks a model for its answers."""
+
+    def evaluate(self, predict, length):
+        inputs, targets = torch.zeros(2, length, dtype=torch.long), torch.ones(2, length, dtype=torch.long)
+        self.seen = predict(inputs, targets)
+        return {"mean/logit": float(self.seen.mean())}
+
+
+def test_a_task_is_evaluated_every_so_many_steps_and_at_the_end(tmp_path):
+    task = Counting()
+    trained = train(tiny("", *SHORT, "training.evaluate_every=4"), tmp_path, task=task)
+    found = [row for row in rows(trained.folder) if row["kind"] == "evaluation"]
+    assert [row["step"] for row in found] == [4, 6]
+    expected = trained.model(torch.zeros(2, 8, dtype=torch.long)).y.mean().item()
+    assert found[-1]["mean/logit"] == pytest.approx(expected) and found[0]["mean/logit"] != found[1]["mean/logit"]
+    assert trained.model.training and not task.seen.requires_grad
+    without = train(tiny("", *SHORT), tmp_path, task=Counting())
+    assert {row["kind"] for row in rows(without.folder)} == {"train"}
+    same(weights(without.model), weights(trained.model))
+
+
+def test_an_evaluation_goes_through_the_inner_levels(tmp_path):
+    task = Counting()
+    trained = train(tiny(inner_level(), *SHORT, "training.evaluate_every=6"), tmp_path, task=task)
+    still = trained.model(torch.zeros(2, 8, dtype=torch.long)).y
+    assert torch.allclose(task.seen[:, :2], still[:, :2]) and not torch.allclose(task.seen[:, 2:], still[:, 2:])
+
+
+def test_a_task_without_an_evaluation_is_told_before_a_folder_is_made(tmp_path):
+    with pytest.raises(ConfigError, match=r"training.evaluate_every: the task 'none' has no evaluation; set null"):
+        train(tiny("", *SHORT, "training.evaluate_every=4"), tmp_path / "runs", task=Windows())
+    assert not (tmp_path / "runs").exists()

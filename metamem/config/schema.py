@@ -124,6 +124,7 @@ class TrainingConfig(Located):
     """Meta-training: `steps` outer steps over `batch` sequences of `length` tokens.
 
     The rates of the step levels rise over `warmup` steps, then stay (`constant`) or fall to a twentieth (`cosine`).
+    A task that can be evaluated is, every `evaluate_every` steps and at the end (null: never).
     """
 
     steps: Count = 2000
@@ -134,6 +135,7 @@ class TrainingConfig(Located):
     gradient_clip: Positive | None = 1.0
     log_every: Count = 20
     checkpoint_every: Count = 200
+    evaluate_every: Count | None = None
     compile: bool = False
     threads: Count | None = None
 

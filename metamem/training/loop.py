@@ -76,6 +76,8 @@ def train(
     model = build(config)
     outer = OuterLevels(config, model)
     forward = _forward(config, model)
+    every = settings.evaluate_every
+    evaluate = None if every is None else _evaluation(config, model, task, forward)
     generator = torch.Generator().manual_seed(config.seed)
     batches = (task.sample(generator, settings.batch, settings.length) for _ in range(settings.steps))
     first = next(batches)
@@ -98,6 +100,8 @@ def train(
                 metrics.log(kind="train", step=step, seconds=round(seconds, 3), tokens_per_second=round(rate), **row)
             if progress is not None:
                 progress(Progress(step, settings.steps, losses, rate))
+            if evaluate is not None and every is not None and (step % every == 0 or step == settings.steps):
+                metrics.log(kind="evaluation", step=step, **evaluate())
             stop = bool(interrupted)  # asked once: a key pressed later stops the next step, with its checkpoint
             if stop or step == settings.steps or step % settings.checkpoint_every == 0:
                 save_checkpoint(model, config, step, folder / CHECKPOINT)
@@ -122,6 +126,28 @@ def _forward(config: Config, model: Network) -> Callable[[Tensor, Tensor], Out]:
         return InnerLoop(model, levels).run
     run: Callable[..., Out] = torch.compile(model, fullgraph=True) if config.training.compile else model
     return lambda inputs, targets: run(inputs)
+
+
+def _evaluation(
+    config: Config, model: Network, task: Any, forward: Callable[[Tensor, Tensor], Out]
+) -> Callable[[], dict[str, float]]:
+    """The task's evaluation of the model as it is trained."""
+    settings = config.training
+    if not hasattr(task, "evaluate"):
+        raise (settings.where / "evaluate_every").error(f"the task {config.task['name']!r} has no evaluation; set null")
+
+    def predict(inputs: Tensor, targets: Tensor) -> Tensor:
+        return forward(inputs, targets).y.detach()
+
+    def evaluate() -> dict[str, float]:
+        model.eval()
+        # An inner level that training unrolls takes its gradients inside.
+        with torch.set_grad_enabled(any(level.unroll != 0 for level in inner_levels(config, model))):
+            found = task.evaluate(predict, settings.length)
+        model.train()
+        return found
+
+    return evaluate
 
 
 def _loss(pred: Tensor, targets: Tensor, objectives: Objectives) -> Tensor:
