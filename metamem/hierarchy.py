@@ -28,11 +28,14 @@ from metamem.config import (
     Config,
     LevelConfig,
     OptimizerConfig,
+    RuleConfig,
     UserError,
     measured_objectives,
     ownership,
+    resolve_objective,
     resolve_objectives,
 )
+from metamem.config.convert import schema_fields
 from metamem.globs import match_names
 from metamem.memory.base import Out
 from metamem.memory.level import TokenLevel
@@ -48,18 +51,15 @@ def token_levels(config: Config) -> list[tuple[LevelConfig, TokenLevel]]:
     objectives, found = resolve_objectives(config), []
     for level in config.hierarchy.levels:
         if level.clock == "token" and (rule := level.rule) is not None:
-            runtime = TokenLevel(
-                level.name,
-                objectives[level.name],
-                level.period,
-                signal=rule.signal,
-                lr=rule.lr,
-                lr_max=rule.lr_max,
-                momentum=rule.momentum,
-                forget=rule.forget,
-                forget_to=rule.forget_to,
-                reduction=rule.reduction,
-            )
+            settings = {item.name: getattr(rule, item.name) for item in schema_fields(RuleConfig)}
+            settings["retention"] = {
+                resolve_objective(path, level.where.at("rule", "retention", path)): weight
+                for path, weight in rule.retention.items()
+            }
+            try:
+                runtime = TokenLevel(level.name, objectives[level.name], level.period, **settings)
+            except ValueError as error:
+                raise (level.where / "rule").error(str(error)) from error
             found.append((level, runtime))
     return found
 

@@ -97,12 +97,12 @@ def tensors(out: Out) -> dict[str, Tensor]:
     return {"y": out.y, **{f"aux/{key}": value for key, value in out.aux.items()}, **named}
 
 
-def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Equal up to float64's rounding."""
+def close(one: dict[str, Tensor], other: dict[str, Tensor], rounding: float = 1.0) -> None:
+    """Equal up to float64's rounding, some times over."""
     assert one.keys() == other.keys()
     for name in one:
         named = {"msg": lambda text, name=name: f"{name}: {text}"}
-        torch.testing.assert_close(one[name], other[name], rtol=1e-8, atol=1e-10, **named)
+        torch.testing.assert_close(one[name], other[name], rtol=rounding * 1e-8, atol=rounding * 1e-10, **named)
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -46,16 +46,31 @@ def squared(pred, target):
         ([fast(), slow(period=6)], {"chunk": 4}, r"'slow'.*period 6 and chunk 4.*nearest.* 8$"),
         ([fast(), slow(period=3)], {"chunk": 4}, r"'slow'.*period 3 and chunk 4.*nearest.* 4$"),
         ([fast(), slow(period=100)], {"chunk": 64}, r"period 100 and chunk 64.*nearest.* 128$"),
-        ([fast()], {"signal_at": "token", "hidden": [5], "chunk": 4}, "2 layers.*chunk to 1.*'chunk'.*hidden"),
+        ([fast()], {"signal_at": "token", "hidden": [5], "chunk": 4}, "not linear.*chunk to 1.*'chunk'.*hidden"),
         (
             [TokenLevel("odd", {cosine: 1.0})],
             {"signal_at": "token"},
             r"'odd'.*losses\.recall\.cosine.*losses\.recall\.mse",
         ),
         ([TokenLevel("odd", {mse: 1.0, squared: 0.5})], {"signal_at": "token"}, r"'odd'.*squared"),
-        ([fast(signal="predicted_targets")], {}, "'fast'.*'backprop', not 'predicted_targets'.* mnm takes"),
+        (
+            [fast(), slow(signal="hebbian", period=4)],
+            {"signal_at": "token"},
+            "one kind .*hebbian.*signal_at to 'chunk'",
+        ),
+        ([fast(signal="hebbian")], {"hidden": [5]}, "'fast'.*hebbian.*predicted_targets, or set hidden to"),
+        ([fast()], {"residual_norm": True, "d_key": 3, "d_value": 4}, "d_key 3 and d_value 4 differ"),
+        ([fast()], {"residual_norm": True, "signal_at": "token"}, "not linear.*residual_norm to false"),
+        ([fast()], {"hidden": [5], "signal_at": "decayed", "chunk": 1}, "'decayed'.*'token' with chunk 1, or hidden"),
+        ([fast()], {"network": "swiglu", "hidden": [5, 5]}, "swiglu.*one hidden width, not 2"),
+        ([fast()], {"hidden": [5], "expansion": [2.0]}, "hidden .5. and expansion .2.0. say the same"),
+        ([fast(window=5)], {"signal_at": "token"}, "'fast'.*window of 5.*signal_at to 'chunk'"),
+        ([slow(window=9)], {"chunk": 4}, "'slow'.*window of 9.* 1 or the chunk, 4, not 8"),
+        ([fast()], {"writes": "in_turn"}, "'in_turn'.*signal_at to 'token'"),
+        ([fast(momentum=0.5)], {"writes": "in_turn", "signal_at": "token"}, "'fast'.*momentum to 0"),
+        ([fast(forget=0.5)], {"writes": "in_turn", "signal_at": "token"}, "'fast'.*signal_at to 'decayed'"),
     ],
-    ids=["no level", "period 6", "period 3", "period 100", "deep token", "cosine token", "unwritten token", "signal"],
+    ids=lambda value: value[:28] if isinstance(value, str) else "",
 )
 def test_settings_that_exclude_each_other_are_told_with_the_nearest_that_do_not(levels, settings, told):
     with pytest.raises(ValueError, match=told):
@@ -383,3 +398,25 @@ def test_precision_of_the_fast_weights_is_at_least_float32():
         memory = build([fast(**LEARNED, forget_to="zero"), slow()]).to(dtype)
         state = memory(torch.randn(1, 5, DIM).to(dtype)).state
         assert {value.dtype for key, value in flatten(state).items() if key != "position"} == {kept}
+
+
+# Levels
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"transform": "muon"}, "transform acts on whole matrices.*period to the memory's chunk"),
+        ({"weight_norm": True}, "weight_norm acts on whole matrices"),
+        ({"retention": {mse: 0.1}}, "retention acts on whole matrices"),
+        ({"period": 4, "step": 0.1}, "step is the size of a transformed step; without one, set lr"),
+        ({"period": 4, "transform": "muon", "lr": 0.02}, "set step to 0.02 and lr to 1"),
+        ({"period": 4, "transform": "adam", "momentum": 0.5}, "adam has a momentum of its own; set momentum to 0"),
+        ({"period": 8, "window": 4}, "window of 4.*at least 8, or 1"),
+        ({"window": 0}, "window must be at least 1, not 0"),
+    ],
+    ids=lambda value: value[:28] if isinstance(value, str) else "",
+)
+def test_settings_of_a_level_that_would_do_nothing_are_refused(settings, told):
+    with pytest.raises(ValueError, match=f"level 'odd': .*{told}"):
+        TokenLevel("odd", {mse: 1.0}, **settings)

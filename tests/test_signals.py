@@ -40,7 +40,7 @@ def test_inputs_times_signals_are_the_gradients_of_the_weights(name, hidden, obj
     forward = network.forward(key, lambda layer, a: a @ weights[layer])
     expected = torch.autograd.grad(objective(forward.output, value).sum(), weights, retain_graph=True)
     error = signals.output_error({objective: 1.0}, forward.output, value)
-    deltas = network.backward(error, weights, forward.preactivations)
+    deltas = network.backward(error, weights, forward)
     for inputs, delta, gradient in zip(forward.inputs, deltas, expected, strict=True):
         torch.testing.assert_close((inputs.mT @ delta).sum(0, keepdim=True), gradient, rtol=1e-9, atol=1e-11)
 

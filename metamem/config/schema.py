@@ -61,7 +61,9 @@ class GroupConfig(Located):
 class RuleConfig(Located):
     """The update rule of a fast level: `S = momentum S - lr (in x signal)`, `D = (1 - forget) D + S`.
 
-    A learned `lr` lies in (0, `lr_max`).
+    A learned `lr` lies in (0, `lr_max`). A step descends on the objective of the last `window` tokens. At the boundary
+    of a period above 1 the step may be `step` times a `transform` of S, be pulled by `retention` (dotted path: weight),
+    and keep the length of each column of W (`weight_norm`).
     """
 
     signal: Literal["backprop", "predicted_targets", "hebbian"] = "backprop"
@@ -71,6 +73,11 @@ class RuleConfig(Located):
     forget: Fraction | Learned = 0.0
     forget_to: Literal["init", "zero"] = "init"
     reduction: Literal["sum", "mean"] = "sum"
+    window: Count = 1
+    transform: Literal["none", "sign", "clip", "rmsprop", "adam", "muon"] = "none"
+    step: Positive = 1.0
+    retention: dict[str, float] = field(default_factory=dict)
+    weight_norm: bool = False
 
 
 @dataclass(frozen=True)

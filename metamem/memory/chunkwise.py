@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from metamem.memory import signals
@@ -12,48 +13,89 @@ from metamem.memory.component import (
     Carry,
     Component,
     Learner,
+    Past,
     Products,
     accumulate,
     advance,
     choose_weights,
-    fire,
+    fire_all,
     term_weights,
 )
 from metamem.memory.dual import local_read
-from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
-from metamem.memory.plan import Key, Plan, cut, objective_key, plan, unstack
+from metamem.memory.plan import Key, Plan, cut, plan, signal_key, unstack, windows
 from metamem.memory.product import product
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
 
 
+class Pieces(NamedTuple):
+    """A run's tokens, cut into segments; keys and values with those of the window before each."""
+
+    keys: Float[Tensor, "batch heads segments writes d_key"]
+    values: Float[Tensor, "batch heads segments writes d_value"]
+    queries: Float[Tensor, "batch heads segments reads d_key"]
+    plan: Plan
+
+
 def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], what is carried."""
-    network, levels, chunk = learner
+    network, levels, chunk = learner.network, learner.levels, learner.chunk
+    fresh = span.length * writes.keys.shape[3]  # writes of a segment's own tokens
     reads, surprises = [], []
-    stacked = (cut(x, span).flatten(3, 4).unbind(2) for x in (writes.keys, writes.values, queries))
+    pieces, past = cut_pieces(learner, span, writes, queries, carry.past)
+    carry = carry._replace(past=past)
     lagging = all(level.period > 1 and level.period % chunk == 0 for level in levels)
-    plans = unstack(plan(levels, writes.gates, span), len(span.segments))
-    for segment, step, keys, values, asked in zip(span.segments, plans, *stacked, strict=True):
+    for segment, piece in zip(span.segments, unstack(pieces, len(span.segments)), strict=True):
         carry = carry._replace(anchor=(at := refresh(segment, carry)))
-        # Where no level moves inside a chunk, reads see the weights of the signals: one pass serves both.
-        together = torch.cat([keys, asked], -2) if lagging else keys
+        # Where no level moves inside a chunk, reads see the weights of the signals: one pass serves both. Not where a
+        # call goes on inside a chunk: the anchor may be cut from W_init, which the reads are not.
+        both = lagging and segment.refresh == ()
+        together = torch.cat([piece.keys, piece.queries], -2) if both else piece.keys
         forward = network.forward(together, lambda layer, a, at=at: product(a, at[layer]))
-        if lagging:
-            forward, recalled = forward.split(keys.shape[-2])
+        if both:
+            forward, recalled = forward.split(piece.keys.shape[-2])
             reads.append(recalled.output)
         products = {}
         for level in levels:
-            if (key := objective_key(level)) not in products:
-                error = signals.output_error(level.objectives, forward.output, values)
-                products[key] = Products(forward.inputs, network.backward(error, at, forward.preactivations))
-        surprises.append(signals.value(levels[0].objectives, forward.output, values))
-        if not lagging:
-            reads.append(read(network, step, asked, term_weights(levels, carry), products, queries.shape[3]))
-        carry = carry._replace(components=move(levels, segment, step, carry.components, products))
+            if (key := signal_key(level)) not in products:
+                deltas = signals.at_layers(
+                    level.signal, level.objectives, network, forward, at, piece.values, learner.feedback
+                )
+                products[key] = Products(forward.inputs, deltas)
+        of_segment = forward.output[..., -fresh:, :], piece.values[..., -fresh:, :]
+        surprises.append(signals.value(levels[0].objectives, *of_segment))
+        if not both:
+            carried = term_weights(levels, carry)
+            reads.append(read(network, piece.plan, piece.queries, carried, products, queries.shape[3]))
+        carry = move(learner, segment, piece.plan, carry, products)
     read_out = torch.stack(reads, 2).unflatten(3, (span.length, -1)).flatten(2, 3)
     return read_out, torch.stack(surprises, 2).unflatten(3, (span.length, -1)).flatten(2, 3), carry
+
+
+def cut_pieces(
+    learner: Learner, span: Run, writes: Writes, queries: Tensor, past: Past | None
+) -> tuple[Pieces, Past | None]:
+    """The run in segments, and the past of the run after it."""
+    asked = cut(queries, span).flatten(3, 4)
+    if past is None:
+        keys, values = (cut(x, span).flatten(3, 4) for x in (writes.keys, writes.values))
+        return Pieces(keys, values, asked, plan(learner.levels, writes.gates, span, learner.signal_at)), None
+    reach, here = past.keys.shape[2], slice(span.start, span.stop)
+    keys, values = (
+        torch.cat([before, x[:, :, here]], 2) for before, x in ((past.keys, writes.keys), (past.values, writes.values))
+    )
+    rates = {
+        name: torch.cat([before, writes.gates[name].lr[:, :, here]], 2)[:, :, -reach:]
+        for name, before in past.rates.items()
+    }
+    pieces = Pieces(
+        windows(keys, span).flatten(3, 4),
+        windows(values, span).flatten(3, 4),
+        asked,
+        plan(learner.levels, writes.gates, span, learner.signal_at, past.rates),
+    )
+    return pieces, Past(keys[:, :, -reach:], values[:, :, -reach:], rates)
 
 
 def read(
@@ -65,8 +107,8 @@ def read(
     readers: int,
 ) -> Tensor:
     """`z^l_t = Σ_terms share_t a^l_t T − Σ_s A[t,s] (a^l_t · in^l_s) δ^l_s` through every layer."""
-    shares = [None if term.after is None else term.after.repeat_interleave(readers, -1) for term in step.terms]
-    strengths = {key: strength.repeat_interleave(readers, -2) for key, strength in step.strengths.items()}
+    shares = [None if term.after is None else _copies(term.after, readers, -1) for term in step.terms]
+    strengths = {key: _copies(strength, readers, -2) for key, strength in step.strengths.items()}
 
     def layer(index: int, a: Tensor) -> Tensor:
         parts = [product(a, tensor[index]) for tensor in carried]
@@ -80,25 +122,19 @@ def read(
     return network.forward(queries, layer).output
 
 
-def move(
-    levels: Sequence[TokenLevel],
-    segment: Segment,
-    step: Plan,
-    components: list[Component],
-    products: dict[Key, Products],
-) -> list[Component]:
+def move(learner: Learner, segment: Segment, step: Plan, carry: Carry, products: dict[Key, Products]) -> Carry:
     """Every component after the segment."""
-    moved = []
-    for level, component in zip(levels, components, strict=True):
-        mine, written = step.steps[level.name], products[objective_key(level)]
-        if level.period == 1:
-            component = advance(component, mine, written)
-        else:
-            component = accumulate(component, mine, written)
-            if level.name in segment.fire:
-                component = fire(component, mine, segment.fire[level.name])
-        moved.append(component)
-    return moved
+    moved: list[Component] = []
+    for level, component in zip(learner.levels, carry.components, strict=True):
+        mine, written = step.steps[level.name], products[signal_key(level)]
+        moved.append((advance if level.period == 1 else accumulate)(component, mine, written))
+    return fire_all(
+        learner, segment, {name: step.steps[name] for name in segment.fire}, carry._replace(components=moved)
+    )
+
+
+def _copies(share: Tensor, readers: int, axis: int) -> Tensor:
+    return share if readers == 1 else share.repeat_interleave(readers, axis)
 
 
 def refresh(segment: Segment, carry: Carry) -> Weights:

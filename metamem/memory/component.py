@@ -8,7 +8,7 @@ boundary (period P).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from metamem.memory.decay import decay_add
 from metamem.memory.dual import outer_sum
-from metamem.memory.level import TokenLevel
+from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.networks import Network, Weights
 from metamem.memory.plan import Step, delta_key, initial_key, term_keys
-from metamem.memory.schedule import Rows
-from metamem.state import align
+from metamem.memory.schedule import Rows, Segment
+from metamem.memory.signals import output_error
+from metamem.memory.transforms import TRANSFORMS
+from metamem.state import State, align, tree_map
 
 
 class LevelState(TypedDict):
@@ -30,34 +32,52 @@ class LevelState(TypedDict):
     delta: dict[str, Tensor]
     momentum: NotRequired[dict[str, Tensor]]
     pending: NotRequired[dict[str, Tensor]]
+    transform: NotRequired[dict[str, dict[str, Tensor]]]
     keep: NotRequired[Float[Tensor, "batch heads"]]
 
 
 class Component(NamedTuple):
     """One level's part of the fast weights: Δ and S per layer; the step `−Σ η in ⊗ δ` that a level of period P has
-    gathered since its last boundary (None for nothing yet); the share of W_init that is left (`forget_to: zero`)."""
+    gathered since its last boundary (None for nothing yet); the share of W_init that is left (`forget_to: zero`); what
+    its transform carries."""
 
     delta: Weights
     momentum: Weights | None
     pending: Weights | None
     keep: Float[Tensor, "batch heads"] | None
+    transform: State | None = None
 
 
 class Learner(NamedTuple):
-    """What learns inside a memory: the network, the levels that move its weights, the chunk."""
+    """What learns inside a memory: the network, the levels that move its weights, the chunk, where signals are
+    computed, whether the writes of a token happen in turn, W_init, and the matrices that predict targets (None where no
+    level's signal needs them)."""
 
     network: Network
     levels: tuple[TokenLevel, ...]
     chunk: int
+    signal_at: SignalAt
+    in_turn: bool
+    init: Weights
+    feedback: Weights | None
+
+
+class Past(NamedTuple):
+    """The last writes, as far back as the largest window reaches: keys, values, and each level's rates."""
+
+    keys: Float[Tensor, "batch heads reach writers d_key"]
+    values: Float[Tensor, "batch heads reach writers d_value"]
+    rates: dict[str, Float[Tensor, "batch heads reach writers"]]
 
 
 class Carry(NamedTuple):
-    """What goes from segment to segment: W_init (None where it is folded into a component), the components, and the
-    anchor, the weights at which the signals of the chunk are computed (None for token signals)."""
+    """What goes from segment to segment: W_init (None where it is folded into a component), the components, the anchor
+    (the weights at which the signals of the chunk are computed; None for token signals), and the window's past."""
 
     init: Weights | None
     components: list[Component]
     anchor: Weights | None
+    past: Past | None = None
 
     def now(self) -> Weights:
         """`keep W_init + Σ Δ`, per layer: [batch, heads, d_in, d_out]."""
@@ -85,6 +105,8 @@ def fresh_state(level: TokenLevel, init: Weights, batch: int) -> LevelState:
         state["momentum"] = zeros()
     if level.period > 1:
         state["pending"] = zeros()
+    if carried := TRANSFORMS[level.transform].init(in_order(state["delta"])):
+        state["transform"] = carried
     if level.forgets_init:
         state["keep"] = init[0].new_ones(batch, init[0].shape[0])
     return state
@@ -97,6 +119,8 @@ def to_state(level: TokenLevel, component: Component) -> LevelState:
         state["momentum"] = by_layer(component.momentum)
     if level.period > 1:
         state["pending"] = by_layer(component.pending or [torch.zeros_like(delta) for delta in component.delta])
+    if component.transform is not None:
+        state["transform"] = component.transform
     if component.keep is not None:
         state["keep"] = component.keep
     return state
@@ -110,6 +134,7 @@ def from_state(state: LevelState) -> Component:
         None if momentum is None else in_order(momentum),
         None if pending is None else in_order(pending),
         state.get("keep"),
+        state.get("transform"),
     )
 
 
@@ -183,7 +208,7 @@ def advance(component: Component, step: Step, products: Products) -> Component:
             moved = _fade(step.carry, before, moved)
             momentum.append(_fade(step.momentum_keep, before, outer_sum(-step.momentum, inputs, signals)))
         delta.append(moved)
-    return Component(delta, momentum or None, None, _kept(component, step))
+    return component._replace(delta=delta, momentum=momentum or None, keep=_kept(component, step))
 
 
 def accumulate(component: Component, step: Step, products: Products) -> Component:
@@ -194,19 +219,61 @@ def accumulate(component: Component, step: Step, products: Products) -> Componen
     return component._replace(pending=written)
 
 
-def fire(component: Component, step: Step, rows: Rows) -> Component:
-    """A component of period P at its boundary, for the rows that stand there (all for `()`):
-    `S ← β S + pending`, `Δ ← α Δ + S`, nothing pending, with the gates of the boundary token."""
+def fire(level: TokenLevel, component: Component, step: Step, rows: Rows, now: Weights, init: Weights) -> Component:
+    """A component of period P at its boundary, for the rows that stand there (all for `()`), with the gates of the
+    boundary token; nothing is pending after it.
+
+        S ← β S + pending,   Δ ← α Δ + step · T(S) − Σ weight ∇R(W, W_init)
+
+    `now`: W before it.
+    """
     assert component.pending is not None
     moves = component.pending
     if component.momentum is not None:
         moves = [_fade(step.momentum_keep, s, move) for s, move in zip(component.momentum, moves, strict=True)]
+    momentum, transform = None if component.momentum is None else moves, component.transform
+    if level.transform != "none":
+        moves, transform = TRANSFORMS[level.transform].update(moves, transform or {})
+        moves = [level.step * move for move in moves]
+    if level.retention:
+        pulls = [output_error(level.retention, w, w_init.expand_as(w)) for w, w_init in zip(now, init, strict=True)]
+        moves = [move - pull for move, pull in zip(moves, pulls, strict=True)]
     delta = [_fade(step.keep, before, move) for before, move in zip(component.delta, moves, strict=True)]
-    fired = Component(delta, None if component.momentum is None else moves, None, _kept(component, step))
+    fired = Component(delta, momentum, None, _kept(component, step), transform)
     if not rows:
         return fired
     fired = fired._replace(pending=[torch.zeros_like(pending) for pending in component.pending])
     return choose_rows(rows, fired, component)
+
+
+def fire_all(learner: Learner, segment: Segment, steps: Mapping[str, Step], carry: Carry) -> Carry:
+    """The components after the boundaries at which a segment ends: all levels that fire see the same W before."""
+    if not segment.fire:
+        return carry
+    init, components = learner.init, list(carry.components)
+    firing = [
+        (i, level, segment.fire[level.name]) for i, level in enumerate(learner.levels) if level.name in segment.fire
+    ]
+    now = carry.now() if any(level.retention for _, level, _ in firing) else []
+    for index, level, rows in firing:
+        components[index] = fire(level, components[index], steps[level.name], rows, now, init)
+    for index, level, rows in firing:
+        if level.weight_norm:
+            now = carry._replace(components=components).now()
+            components[index] = normalise(components[index], rows, now, init)
+    return carry._replace(components=components)
+
+
+def normalise(component: Component, rows: Rows, now: Weights, init: Weights) -> Component:
+    """A component that has fired, moved so that each column of `now`, W after it, has the length it has in W_init."""
+    lengths = [torch.linalg.vector_norm(w, dim=-2, keepdim=True) for w in init]
+    wanted = [w * (length / _length(w)) for w, length in zip(now, lengths, strict=True)]
+    delta = [delta + (w - was) for delta, w, was in zip(component.delta, wanted, now, strict=True)]
+    return component._replace(delta=choose_weights(torch.tensor(rows), delta, component.delta) if rows else delta)
+
+
+def _length(w: Tensor) -> Tensor:
+    return torch.sqrt(w.square().sum(-2, keepdim=True) + 1e-10)
 
 
 def choose_rows(rows: Rows, new: Component, old: Component) -> Component:
@@ -219,7 +286,11 @@ def choose_rows(rows: Rows, new: Component, old: Component) -> Component:
     delta = each(new.delta, old.delta)
     assert delta is not None
     keep = each(None if new.keep is None else [new.keep], None if old.keep is None else [old.keep])
-    return Component(delta, each(new.momentum, old.momentum), each(new.pending, old.pending), keep[0] if keep else None)
+    transform = new.transform
+    if transform is not None and old.transform is not None:
+        transform = tree_map(lambda a, b: torch.where(align(mask, a), a, b), transform, old.transform)
+    momentum, pending = each(new.momentum, old.momentum), each(new.pending, old.pending)
+    return Component(delta, momentum, pending, keep[0] if keep else None, transform)
 
 
 def choose_weights(rows: Tensor, new: Weights, old: Weights) -> Weights:

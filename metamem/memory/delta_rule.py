@@ -7,6 +7,13 @@ With a squared error the signal of token t, at the weights before its own write,
 with e0 the errors at the segment's first weights: one triangular solve gives the sequential rule exactly (DeltaNet,
 gated DeltaNet, and the delta rule with momentum). The solve is taken on the keys and values of all segments at once
 (the WY form), so that only products with the carried weights are left in the loop.
+
+    signal_at: decayed   the signal of t is computed after its decay: A[t−1,s] α_t in the place of A[t−1,s]
+                         (Gated DeltaNet, Yang et al. 2024, eq. 10)
+    writes: in_turn      each write of a token sees those before it: Λ has η (k_i · k_j) inside a token, for j < i
+                         (DeltaProduct, Siems et al. 2025, eq. 5)
+
+Predicted targets v P stand in the place of v. A Hebbian signal, −v, needs no solve.
 """
 
 from __future__ import annotations
@@ -20,60 +27,73 @@ from torch import Tensor
 from metamem.memory import signals
 from metamem.memory.chunkwise import move
 from metamem.memory.component import Carry, Learner, Products, term_weights
-from metamem.memory.dual import before
 from metamem.memory.level import TokenLevel
-from metamem.memory.plan import Key, Plan, cut, objective_key, plan, unstack
+from metamem.memory.plan import Key, Plan, cut, plan, signal_key, unstack
 from metamem.memory.schedule import Run
 from metamem.memory.writer import Writes
 
-Keys = Float[Tensor, "batch heads segments writes d_key"]
+Rows = Float[Tensor, "batch heads segments writes _features"]
 
 
 def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`, with every signal at the weights of its own token."""
-    levels = learner.levels
-    stacked = plan(levels, writes.gates, span)
-    keys, values = cut(writes.keys, span).flatten(3, 4), cut(writes.values, span).flatten(3, 4)
-    asked = cut(queries, span).flatten(3, 4)
-    scales = {objective_key(level): sum(level.objectives.values()) for level in levels}
-    solved_keys, solved_values = solve(stacked, scales, keys, values, writes.keys.shape[3])
+    levels, writers, readers = learner.levels, writes.keys.shape[3], queries.shape[3]
+    stacked = plan(levels, writes.gates, span, learner.signal_at)
+    values = cut(writes.values, span).flatten(3, 4)
+    keys, asked = (learner.network.given(cut(x, span).flatten(3, 4)) for x in (writes.keys, queries))
+    scales = {signal_key(level): _scale(level) for level in levels}
+    targets = values if learner.feedback is None else values @ learner.feedback[0].unsqueeze(1)
+    hebbian = levels[0].signal == "hebbian"
+    shared = _shared([term.before for term in stacked.terms], keys, writers)
+    strength = _seen(learner, stacked, scales, writers) if stacked.before else None
+    solved_keys, solved_targets = (shared, values) if hebbian else solve(strength, keys, shared, targets)
     errors, seen = [], []
-    pieces = (x.unbind(2) for x in (keys, solved_keys, solved_values))
+    pieces = (x.unbind(2) for x in (keys, solved_keys, solved_targets))
     plans = unstack(stacked, len(span.segments))
-    for segment, step, key, solved_key, solved_value in zip(span.segments, plans, *pieces, strict=True):
-        carried = (weights[0] for weights in term_weights(levels, carry))
-        seen.append(torch.cat(torch.broadcast_tensors(*carried), -2))  # W_init alone has no batch
-        errors.append(solved_key @ seen[-1] - solved_value)
-        products = {name: Products([key], [scale * errors[-1]]) for name, scale in scales.items()}
-        carry = carry._replace(components=move(levels, segment, step, carry.components, products))
-    error = torch.stack(errors, 2)
-    surprise = signals.value(levels[0].objectives, error + values, values)
-    reads = _shared([term.after for term in stacked.terms], asked, queries.shape[3]) @ torch.stack(seen, 2)
+    for segment, step, key, solved_key, solved_target in zip(span.segments, plans, *pieces, strict=True):
+        carried = [weights[0] for weights in term_weights(levels, carry)]
+        # W_init alone has no batch
+        seen.append(torch.cat(torch.broadcast_tensors(*carried), -2) if len(carried) > 1 else carried[0])
+        errors.append(-solved_target if hebbian else solved_key @ seen[-1] - solved_target)
+        products = {name: Products([key], [_times(scale, errors[-1])]) for name, scale in scales.items()}
+        carry = move(learner, segment, step, carry, products)
+    error, weights = torch.stack(errors, 2), torch.stack(seen, 2)
+    recalled = error + targets
+    if hebbian:
+        recalled = shared @ weights
+        if strength is not None:
+            recalled = recalled - (strength * (keys @ keys.mT)) @ error
+    surprise = signals.value(levels[0].objectives, recalled, values)
+    reads = _shared([term.after for term in stacked.terms], asked, readers) @ weights
     if stacked.strengths:
-        strength = _strength(stacked.strengths, scales).repeat_interleave(queries.shape[3], -2)
-        reads = reads - (strength * (asked @ keys.mT)) @ error
+        after = _copies(_strength(stacked.strengths, scales), readers)
+        reads = reads - (after * (asked @ keys.mT)) @ error
     shape = (span.length, -1)
     return reads.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), carry
 
 
-def solve(stacked: Plan, scales: dict[Key, float], keys: Keys, values: Tensor, writers: int) -> tuple[Tensor, Tensor]:
-    """`(I + Λ)⁻¹` of the keys, each scaled by its share of every carried tensor before its own write, and of the
-    values: with the carried tensors stacked as W, δ = solved_keys W − solved_values."""
-    shared = _shared([term.before for term in stacked.terms], keys, writers)
-    if not stacked.strengths:
-        return shared, values
-    strength = before(_strength(stacked.strengths, scales), 0.0).repeat_interleave(writers, -2)
-    both = torch.cat([shared, values], -1)
+def solve(strength: Tensor | None, keys: Rows, shared: Rows, targets: Rows) -> tuple[Tensor, Tensor]:
+    """`(I + Λ)⁻¹` of `shared` (the keys, scaled by their shares of every carried tensor) and of the targets: with the
+    carried tensors stacked as W, δ = solved_keys W − solved_targets. Λ = `strength` ⊙ K Kᵀ; None for 0."""
+    if strength is None:
+        return shared, targets
+    both = torch.cat([shared, targets], -1)
     both = torch.linalg.solve_triangular(strength * (keys @ keys.mT), both, upper=False, unitriangular=True)
-    solved_keys, solved_values = both.split([shared.shape[-1], values.shape[-1]], -1)
-    return solved_keys, solved_values
+    solved_keys, solved_targets = both.split([shared.shape[-1], targets.shape[-1]], -1)
+    return solved_keys, solved_targets
 
 
 def check(levels: Sequence[TokenLevel]) -> None:
-    """Raises ValueError for an objective whose gradient is not pred − target."""
+    """Raises ValueError for signals that are not linear in the weights, or not one for all levels."""
+    if len({level.signal for level in levels}) > 1:
+        kinds = ", ".join(f"{level.name}: {level.signal}" for level in levels)
+        raise ValueError(
+            f"token signals are solved for all levels at once, so theirs must be of one kind ({kinds}); "
+            f"give them one, or set signal_at to 'chunk'"
+        )
     probe = torch.linspace(-1.0, 2.0, 12).reshape(2, 6)
     for level in levels:
-        for objective in level.objectives:
+        for objective in level.objectives if level.signal == "backprop" else ():
             if not torch.allclose(signals.gradient(objective)(probe[:1], probe[1:]), probe[:1] - probe[1:]):
                 raise ValueError(
                     f"level {level.name!r}: signal_at 'token' solves for a squared error, and the gradient of "
@@ -82,11 +102,38 @@ def check(levels: Sequence[TokenLevel]) -> None:
                 )
 
 
+def _scale(level: TokenLevel) -> float:
+    return sum(level.objectives.values()) if level.signal == "backprop" else 1.0
+
+
+def _seen(learner: Learner, stacked: Plan, scales: dict[Key, float], writers: int) -> Tensor:
+    """The strength of every write where each write's signal is computed, write by write."""
+    strength = _copies(_strength(stacked.before, scales), writers)
+    if not learner.in_turn or writers == 1:
+        return strength
+    write = torch.arange(strength.shape[-1], device=strength.device)
+    token = write // writers
+    earlier = (token.unsqueeze(1) == token) & (write.unsqueeze(1) > write)
+    return strength + _copies(_strength(stacked.strengths, scales), writers) * earlier
+
+
 def _shared(shares: list[Tensor | None], x: Tensor, copies: int) -> Tensor:
     """x scaled by each share, side by side; `copies` rows of x to a token."""
-    scaled = [x if share is None else share.repeat_interleave(copies, -1).unsqueeze(-1) * x for share in shares]
-    return torch.cat(scaled, -1)
+    scaled = []
+    for share in shares:
+        wide = share if share is None or copies == 1 else share.repeat_interleave(copies, -1)
+        scaled.append(x if wide is None else wide.unsqueeze(-1) * x)
+    return torch.cat(scaled, -1) if len(scaled) > 1 else scaled[0]
 
 
 def _strength(strengths: dict[Key, Tensor], scales: dict[Key, float]) -> Tensor:
-    return torch.stack([scales[key] * strength for key, strength in strengths.items()]).sum(0)
+    first, *rest = [_times(scales[key], strength) for key, strength in strengths.items()]
+    return torch.stack([first, *rest]).sum(0) if rest else first
+
+
+def _copies(strength: Tensor, copies: int) -> Tensor:
+    return strength if copies == 1 else strength.repeat_interleave(copies, -2)
+
+
+def _times(scale: float, x: Tensor) -> Tensor:
+    return x if scale == 1 else scale * x

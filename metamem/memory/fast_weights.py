@@ -3,9 +3,10 @@
 Per token and head, writers give keys k, values v and gates; every level moves its component of the weights by its
 signals (`TokenLevel`); readers query the weights after the token's own writes. `signal_at`
 
-- `chunk`   all signals of a chunk are computed at the chunk's first weights (TTT, Titans)
-- `token`   each signal at the weights of its own token (the exact online rule). One layer and a squared error: solved
-            in parallel (`delta_rule`). Deeper networks: chunk = 1.
+- `chunk`    all signals of a chunk are computed at the chunk's first weights (TTT, Titans)
+- `token`    each signal at the weights before its own token (the exact online rule). A linear memory and a squared
+             error: solved in parallel (`delta_rule`). Other networks: chunk = 1
+- `decayed`  as `token`, after what the token forgets is forgotten (gated DeltaNet's order)
 
 Executors compute the same thing: `dual` (matrix products, the one to use), `recurrence` (token by token, the
 reference), `vmap_grad` (token by token, gradients by torch.func).
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 
 from metamem.memory import chunkwise, delta_rule, recurrence
 from metamem.memory.base import Memory, Out
+from metamem.memory.combinations import check
 from metamem.memory.component import (
     Carry,
     Learner,
     LevelState,
+    Past,
     by_layer,
     fold,
     fresh_state,
@@ -35,8 +38,9 @@ from metamem.memory.component import (
     to_state,
     unfold,
 )
-from metamem.memory.level import TokenLevel
-from metamem.memory.networks import ACTIVATIONS, Network, Weights
+from metamem.memory.feature_maps import FeatureMap
+from metamem.memory.level import SignalAt, TokenLevel
+from metamem.memory.networks import NETWORKS, Weights
 from metamem.memory.reader import Reader
 from metamem.memory.schedule import Run, schedule
 from metamem.memory.writer import Writer, Writes
@@ -45,22 +49,34 @@ from metamem.state import State
 Executor = Callable[[Learner, Run, Writes, Tensor, Carry], tuple[Tensor, Tensor, Carry]]
 
 
+class PastState(TypedDict):
+    """`Past` as a state: the writes that the windows of later tokens reach back to; of rate 0 before the first."""
+
+    keys: Float[Tensor, "batch heads reach writers d_key"]
+    values: Float[Tensor, "batch heads reach writers d_value"]
+    rates: dict[str, Float[Tensor, "batch heads reach writers"]]
+
+
 class FastWeightsState(TypedDict, total=False):
     """`position`: tokens read; `levels`: each level's component; `anchor`: the weights at the chunk's start, at which
-    the signals of a half-read chunk go on (`signal_at: chunk`)."""
+    the signals of a half-read chunk go on (`signal_at: chunk`); `past`: where a level has a window."""
 
     position: Int[Tensor, "batch"]
     levels: dict[str, LevelState]
     anchor: dict[str, Float[Tensor, "batch heads d_in d_out"]]
+    past: PastState
 
 
 class FastWeights(Memory):
     """A fast-weight memory of `heads` networks `d_key -> hidden … -> d_value`, written by the inner loop.
 
-    - `hidden`      widths of the hidden layers; empty for a linear memory
-    - `chunk`       tokens per chunk
-    - `writers`     writes of a token and head, all at once; `readers` queries
-    - `levels`      the token levels of the hierarchy that address this memory, fast to slow
+    - `network`       `mlp` or `swiglu` (`metamem.memory.networks`), with `bias` and `residual_norm` as options
+    - `hidden`        widths of the hidden layers, or `expansion`, the same as multiples of d_key; neither: linear
+    - `initial`       W_init starts `normal` or at `zero`; it is a slow weight either way
+    - `feature_map`   of keys and queries (`metamem.memory.feature_maps`)
+    - `chunk`         tokens per chunk
+    - `writers`       writes of a token and head, `together` at the same weights or `in_turn`; `readers`: queries
+    - `levels`        the token levels of the hierarchy that address this memory, fast to slow
 
     Raises ValueError for settings that exclude each other.
     """
@@ -72,26 +88,45 @@ class FastWeights(Memory):
         heads: int = 4,
         d_key: int | None = None,
         d_value: int | None = None,
+        network: Literal["mlp", "swiglu"] = "mlp",
         hidden: Sequence[int] = (),
+        expansion: Sequence[float] = (),
         activation: Literal["silu", "gelu", "tanh", "relu"] = "silu",
+        bias: bool = False,
+        residual_norm: bool = False,
+        initial: Literal["normal", "zero"] = "normal",
+        feature_map: FeatureMap = "unit",
         chunk: int = 64,
-        signal_at: Literal["chunk", "token"] = "chunk",
+        signal_at: SignalAt = "chunk",
         writers: int = 1,
+        writes: Literal["together", "in_turn"] = "together",
         readers: int = 1,
         executor: Literal["dual", "recurrence", "vmap_grad"] = "dual",
     ) -> None:
         super().__init__()
         d_key, d_value = d_key or dim // heads, d_value or dim // heads
+        if hidden and expansion:
+            raise ValueError(f"hidden {list(hidden)} and expansion {list(expansion)} say the same thing; give one")
+        hidden = hidden or [round(share * d_key) for share in expansion]
         self.dim, self.heads, self.chunk, self.executor = dim, heads, chunk, executor
         self.dim_in = self.dim_out = dim
-        self.signal_at, self.readers = signal_at, readers
+        self.signal_at: SignalAt = signal_at
+        self.readers, self.in_turn = readers, writes == "in_turn"
         self.levels = tuple(levels)
         self.writing = True  # switched off, a forward only reads (`metamem.adaptation.writing`)
-        self.network = Network((d_key, *hidden, d_value), activation)
-        check(self.network, self.levels, chunk, signal_at)
-        self.writer = Writer(dim, heads, d_key, d_value, self.levels, writers)
-        self.reader = Reader(dim, heads, d_key, d_value, readers)
-        self.init = nn.ParameterList(self.network.initial_weights(heads))
+        check(network, (d_key, *hidden, d_value), activation, residual_norm, self.levels, chunk, signal_at, writes)
+        self.network = NETWORKS[network]((d_key, *hidden, d_value), activation, bias)
+        self.writer = Writer(dim, heads, d_key, d_value, self.levels, writers, feature_map)
+        self.reader = Reader(dim, heads, d_key, d_value, readers, feature_map)
+        weights = self.network.initial_weights(heads)
+        self.init = nn.ParameterList([torch.zeros_like(w) for w in weights] if initial == "zero" else weights)
+        if residual_norm:
+            self.norm_gain = nn.Parameter(torch.ones(heads, 1, d_value))
+            self.norm_shift = nn.Parameter(torch.zeros(heads, 1, d_value))
+        self.residual_norm = residual_norm
+        if any(level.signal == "predicted_targets" for level in self.levels):
+            shapes = [(heads, d_value, d_out) for _, d_out in self.network.shapes]
+            self.feedback = nn.ParameterList([torch.randn(shape) / d_value**0.5 for shape in shapes])
 
     def init_state(self, batch: int) -> State:
         """The state before the first token: components at zero, weights at W_init."""
@@ -100,6 +135,13 @@ class FastWeights(Memory):
         state["levels"] = {level.name: fresh_state(level, init, batch) for level in self.levels}
         if self.signal_at == "chunk":
             state["anchor"] = by_layer([weight.new_zeros(batch, *weight.shape) for weight in init])
+        if reach := max(level.window for level in self.levels) - 1:
+            at = (batch, self.heads, reach, self.writer.writers)
+            state["past"] = {
+                "keys": init[0].new_zeros(*at, self.network.dims[0]),
+                "values": init[0].new_zeros(*at, self.network.dims[-1]),
+                "rates": {level.name: init[0].new_zeros(at) for level in self.levels},
+            }
         return state
 
     def forward(self, x: Float[Tensor, "batch tokens dim"], state: State | None = None) -> Out:
@@ -121,8 +163,9 @@ class FastWeights(Memory):
             components = [from_state(state["levels"][level.name]) for level in self.levels]
             rest, components = fold(self.levels, init, components)
             anchor = in_order(state["anchor"]) if "anchor" in state else None
-            carry = Carry(rest, components, anchor)
-            learner, run = Learner(self.network, self.levels, self.chunk), self._executor()
+            past = Past(**state["past"]) if "past" in state else None
+            carry = Carry(rest, components, anchor, past)
+            learner, run = self._learner(init), self._executor()
             reads, surprises = [], []
             for span in self._schedule(positions, x.shape[1]):
                 read, surprise, carry = run(learner, span, writes, queries, carry)
@@ -134,6 +177,8 @@ class FastWeights(Memory):
             after["levels"] = {level.name: to_state(level, component) for level, component in named}
             if carry.anchor is not None and self.signal_at == "chunk":
                 after["anchor"] = by_layer(carry.anchor)
+            if carry.past is not None:
+                after["past"] = carry.past._asdict()
         y = self.reader(torch.cat(reads, 2))
         return Out(y, after, {"surprise": torch.cat(surprises, 2).mean((1, 3))})
 
@@ -148,7 +193,9 @@ class FastWeights(Memory):
             components = [from_state(state["levels"][level.name]) for level in self.levels]
             weights = Carry(init, components, None).now()
             queries = self.reader.query(x.to(self.init[0].dtype), init[0].dtype)
-            recalled = self.network.forward(queries.flatten(2, 3), lambda layer, a: a @ weights[layer]).output
+            recalled = (
+                self._learner(init).network.forward(queries.flatten(2, 3), lambda layer, a: a @ weights[layer]).output
+            )
         return self.reader(recalled.unflatten(2, queries.shape[2:4])), state
 
     def _init(self) -> Weights:
@@ -156,13 +203,22 @@ class FastWeights(Memory):
         dtype = torch.promote_types(self.init[0].dtype, torch.float32)
         return [weight.to(dtype) for weight in self.init]
 
+    def _learner(self, init: Weights) -> Learner:
+        dtype, network, feedback = init[0].dtype, self.network, None
+        if self.residual_norm:
+            network = network.with_norm([self.norm_gain.to(dtype), self.norm_shift.to(dtype)])
+        if any(level.signal == "predicted_targets" for level in self.levels):
+            feedback = [matrix.to(dtype) for matrix in self.feedback]
+        return Learner(network, self.levels, self.chunk, self.signal_at, self.in_turn, init, feedback)
+
     def _executor(self) -> Executor:
         if self.executor == "recurrence":
             return partial(recurrence.run, recurrence.written_out)
         if self.executor == "vmap_grad":
-            return partial(recurrence.run, recurrence.vmap_grad)
+            return partial(recurrence.run, recurrence.by_autograd)
         # A deep network with token signals has chunks of one token.
-        return delta_rule.run if self.signal_at == "token" and self.network.depth == 1 else chunkwise.run
+        linear = self.network.depth == 1 and not self.residual_norm
+        return delta_rule.run if self.signal_at != "chunk" and linear else chunkwise.run
 
     def _schedule(self, positions: Sequence[int], tokens: int) -> list[Run]:
         periods = {level.name: level.period for level in self.levels if level.period > 1}
@@ -180,34 +236,3 @@ class FastWeights(Memory):
             return [0]
         positions = position.tolist()
         return positions[:1] if len(set(positions)) == 1 else positions
-
-
-def check(network: Network, levels: Sequence[TokenLevel], chunk: int, signal_at: str) -> None:
-    """Raises ValueError, with the nearest valid setting, where settings exclude each other."""
-    if not levels:
-        raise ValueError("a fast-weight memory needs at least one level with clock 'token' that names its group")
-    if min(chunk, *network.dims) < 1:
-        raise ValueError(f"chunk and all widths must be at least 1, not {chunk} and {list(network.dims)}")
-    if network.activation not in ACTIVATIONS:
-        raise ValueError(f"there is no activation {network.activation!r} ({', '.join(ACTIVATIONS)})")
-    names = [level.name for level in levels]
-    if len(set(names)) < len(names):
-        raise ValueError(f"levels need different names: {names}")
-    for level in levels:
-        if level.signal != "backprop":
-            raise ValueError(
-                f"level {level.name!r}: fast_weights takes the signal 'backprop', not {level.signal!r}; "
-                f"the kind mnm takes 'predicted_targets'"
-            )
-        if level.period > 1 and level.period % chunk and chunk % level.period:
-            raise ValueError(
-                f"level {level.name!r}: period {level.period} and chunk {chunk} do not divide one another; "
-                f"the nearest period that does is {max(1, round(level.period / chunk)) * chunk}"
-            )
-    if signal_at == "token":
-        if network.depth > 1 and chunk > 1:
-            raise ValueError(
-                f"signal_at 'token' with {network.depth} layers cannot run in parallel; "
-                f"set chunk to 1, signal_at to 'chunk', or hidden to []"
-            )
-        delta_rule.check(levels)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from metamem.memory.signals import Objective
+from torch import Tensor
+
+from metamem.memory.signals import Objective, Signal
 
 Learned = Literal["learned"]
-Signal = Literal["backprop", "predicted_targets", "hebbian"]
+SignalAt = Literal["chunk", "token", "decayed"]
+TransformName = Literal["none", "sign", "clip", "rmsprop", "adam", "muon"]
+Retention = Callable[[Tensor, Tensor], Tensor]  # (weights, initial weights) -> loss per matrix
+SCALE_FREE = ("sign", "rmsprop", "adam", "muon")  # transforms that do not know the size of what they are given
 
 
 @dataclass(frozen=True)
@@ -18,40 +24,56 @@ class TokenLevel:
 
     A level of period 1 is read token by token. A level of period P sums its products over its last P tokens and
     applies them at its boundary, with the momentum and forgetting gates of the boundary token; reads see them from
-    the next token on.
+    the next token on. There the step may be more than the sum:
+
+        Δ ← α Δ + step · T(S) − Σ weight ∇R(W, W_init),   then W ← W ‖W_init‖ / ‖W‖ per column (`weight_norm`)
 
     - `objectives`  objective -> weight; their signal is the weighted sum
-    - `signal`      δ: by `backprop` of the objectives, by `predicted_targets` (a slow map of the value gives each
-                    layer's target), or `hebbian` (−v)
+    - `signal`      where δ comes from (`metamem.memory.signals`)
     - `lr`          η: `learned` per token and head in (0, `lr_max`), or a constant. The writes of a chunk of C tokens
                     with signals at its start act at once: of unit keys, rates up to about 1 / C are stable
     - `momentum`    β: `learned` per token and head, or a constant in [0, 1); 0 keeps no momentum
     - `forget`      1 − α: `learned` per token and head, or a constant in [0, 1); 0 forgets nothing
     - `forget_to`   `init`: what is forgotten returns to W_init; `zero`: W_init is forgotten too
     - `reduction`   of the products over a period: `sum`, or `mean` (a rate that does not depend on the period)
+    - `window`      a token's step descends on the objective of the last `window` tokens (Atlas, Behrouz et al. 2025,
+                    eq. 9), all at the chunk's weights; 1: on its own
+    - `transform`   T (`metamem.memory.transforms`); `step`: the size of a transformed step. η then weighs the tokens
+                    inside T
+    - `retention`   R -> weight (`losses.retention`)
+    - `weight_norm` columns of W keep the length that W_init gave them (LaCT, Zhang et al. 2025, section 3.2)
     """
 
     name: str
     objectives: dict[Objective, float] = field(hash=False)
     period: int = 1
-    signal: Signal = "backprop"
     lr: float | Learned = "learned"
     lr_max: float = 1.0
     momentum: float | Learned = 0.0
     forget: float | Learned = 0.0
     forget_to: Literal["init", "zero"] = "init"
     reduction: Literal["sum", "mean"] = "sum"
+    signal: Signal = "backprop"
+    window: int = 1
+    transform: TransformName = "none"
+    step: float = 1.0
+    retention: dict[Retention, float] = field(default_factory=dict, hash=False)
+    weight_norm: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a setting out of its range."""
+        """Raises ValueError for a setting out of its range, or that another one leaves without effect."""
         if not self.objectives:
             raise ValueError(f"level {self.name!r} has no objective")
-        if self.period < 1:
-            raise ValueError(f"level {self.name!r}: period must be at least 1, not {self.period}")
-        if self.signal not in get_args(Signal):
-            raise ValueError(f"level {self.name!r}: there is no signal {self.signal!r} ({', '.join(get_args(Signal))})")
-        if self.lr_max <= 0:
-            raise ValueError(f"level {self.name!r}: lr_max must be above 0, not {self.lr_max}")
+        for choice, known in (("signal", Signal), ("transform", TransformName)):
+            if getattr(self, choice) not in get_args(known):
+                choices = ", ".join(get_args(known))
+                raise ValueError(f"level {self.name!r}: there is no {choice} {getattr(self, choice)!r} ({choices})")
+        for count in ("period", "window"):
+            if getattr(self, count) < 1:
+                raise ValueError(f"level {self.name!r}: {count} must be at least 1, not {getattr(self, count)}")
+        for size in ("lr_max", "step"):
+            if getattr(self, size) <= 0:
+                raise ValueError(f"level {self.name!r}: {size} must be above 0, not {getattr(self, size)}")
         for gate, value, below in (
             ("lr", self.lr, math.inf),
             ("momentum", self.momentum, 1),
@@ -59,6 +81,33 @@ class TokenLevel:
         ):
             if value != "learned" and (isinstance(value, str) or not 0 <= value < below):
                 raise ValueError(f"level {self.name!r}: {gate} must be 'learned' or in [0, {below}), not {value!r}")
+        self._check_boundary()
+
+    def _check_boundary(self) -> None:
+        for setting, given in (
+            ("transform", self.transform != "none"),
+            ("retention", bool(self.retention)),
+            ("weight_norm", self.weight_norm),
+        ):
+            if given and self.period == 1:
+                raise ValueError(
+                    f"level {self.name!r}: {setting} acts on whole matrices, at the boundary of a period, and a level "
+                    f"of period 1 never builds them; set period to the memory's chunk, or leave {setting} out"
+                )
+        if self.transform == "none" and self.step != 1:
+            raise ValueError(f"level {self.name!r}: step is the size of a transformed step; without one, set lr")
+        if self.transform in SCALE_FREE and self.lr not in ("learned", 1.0):
+            raise ValueError(
+                f"level {self.name!r}: {self.transform} gives steps of a size of its own, so that lr {self.lr} would "
+                f"change nothing; set step to {self.lr} and lr to 1, or to 'learned' to weigh the tokens"
+            )
+        if self.transform == "adam" and self.has_momentum:
+            raise ValueError(f"level {self.name!r}: adam has a momentum of its own; set momentum to 0")
+        if self.window > 1 and self.window < self.period:
+            raise ValueError(
+                f"level {self.name!r}: a window of {self.window} tokens would leave out some of each period of "
+                f"{self.period}; make it at least {self.period}, or 1"
+            )
 
     @property
     def has_momentum(self) -> bool:

@@ -1,14 +1,20 @@
 """Memory networks: the function from key to value whose weights are fast.
 
-A network is layers `z^l = in^l W^l` with an activation between them, `in^{l+1} = φ(z^l)`. How a layer applies its
-weights is the caller's: a plain product for the signals, the dual form for the reads. So one `forward` serves both.
+A network is a few matrices: matrix l is applied to an input in^l and gives `z^l = in^l W^l`; the signal of a write is
+`δ^l = ∂ loss / ∂ z^l`, so that its step on W^l is `in^l ⊗ δ^l`. How a matrix is applied is the caller's: a plain
+product for the signals, the dual form for the reads. So one `forward` serves both, and `backward` needs no autograd.
+
+    mlp      z^l = in^l W^l,  in^{l+1} = φ(z^l); one matrix makes a linear memory
+    swiglu   y = (φ(x W^0) ⊙ (x W^1)) W^2                                     (LaCT, Zhang et al. 2025)
+
+Around either, `residual_norm` gives `y = x + LN(f(x))`                        (TTT, Sun et al. 2024, section 2.4)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +26,9 @@ from metamem.memory.product import product
 
 Tokens = Float[Tensor, "*batch tokens _features"]  # _: each layer has its own
 Weights = list[Float[Tensor, "*_batch _d_in _d_out"]]
+Apply = Callable[[int, Tokens], Tokens]
+
+LAYER_NORM_EPSILON = 1e-6
 
 
 class Activation(NamedTuple):
@@ -48,57 +57,141 @@ ACTIVATIONS = {
 
 
 class Pass(NamedTuple):
-    """What a forward pass leaves for the signals: each layer's input and its output before the activation."""
+    """What a forward pass leaves for the signals: the input of each matrix, what it gave, and the network's output."""
 
     inputs: list[Tokens]
     preactivations: list[Tokens]
-
-    @property
-    def output(self) -> Tokens:
-        """The last layer's output, which has no activation."""
-        return self.preactivations[-1]
+    output: Tokens
 
     def split(self, tokens: int) -> tuple[Pass, Pass]:
         """The passes of the first `tokens` tokens and of the others."""
-        halves = [[x.split([tokens, x.shape[-2] - tokens], -2) for x in part] for part in self]
-        first, second = ([[pair[side] for pair in part] for part in halves] for side in (0, 1))
-        return Pass(*first), Pass(*second)
+        sizes = [tokens, self.output.shape[-2] - tokens]
+        inputs, preactivations, output = (
+            [x.split(sizes, -2) for x in part] for part in (self.inputs, self.preactivations, [self.output])
+        )
+        first, second = (
+            Pass([x[side] for x in inputs], [x[side] for x in preactivations], output[0][side]) for side in (0, 1)
+        )
+        return first, second
 
 
-@dataclass(frozen=True)
+class ResidualNorm(NamedTuple):
+    """The slow weights of `y = x + gain ⊙ normalise(z) + shift`."""
+
+    gain: Float[Tensor, "*heads one features"]
+    shift: Float[Tensor, "*heads one features"]
+
+    def forward(self, x: Tokens, z: Tokens) -> Tokens:
+        """x + LN(z)."""
+        return x + self.gain * _normalised(z)[0] + self.shift
+
+    def backward(self, error: Tokens, z: Tokens) -> Tokens:
+        """∂/∂z of what has the gradient `error` at y: `(g − mean g − ẑ mean(g ⊙ ẑ)) / σ`, g = gain ⊙ error."""
+        unit, deviation = _normalised(z)
+        g = self.gain * error
+        return (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True)) / deviation
+
+
+def _normalised(z: Tokens) -> tuple[Tokens, Tensor]:
+    centred = z - z.mean(-1, keepdim=True)
+    deviation = torch.sqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON)
+    return centred / deviation, deviation
+
+
+@dataclass(frozen=True, eq=False)
 class Network:
-    """A multi-layer perceptron without biases: `dims[0] -> … -> dims[-1]`; two dims make a linear memory."""
+    """A multi-layer perceptron `dims[0] -> … -> dims[-1]`; two dims make a linear memory.
+
+    With a `bias`, an input has a last feature of 1 and a matrix a last row, the bias: it is fast as the rest is.
+    """
 
     dims: tuple[int, ...]
     activation: str = "silu"
+    bias: bool = False
+    norm: ResidualNorm | None = None
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
-        return len(self.dims) - 1
+        """Number of matrices."""
+        return len(self.shapes)
 
-    def initial_weights(self, heads: int) -> Weights:
-        """W_init: normal, of variance 1 / d_in, so that what is recalled before any write has the scale of a key."""
-        return [torch.randn(heads, d_in, d_out) / math.sqrt(d_in) for d_in, d_out in self.shapes]
+    @property
+    def linear(self) -> bool:
+        """Whether what is recalled is linear in the fast weights."""
+        return self.depth == 1 and self.norm is None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """`(d_in, d_out)` of each layer."""
+        """`(d_in, d_out)` of each matrix."""
+        return [(d_in + self.bias, d_out) for d_in, d_out in self._sizes()]
+
+    def _sizes(self) -> list[tuple[int, int]]:
         return list(zip(self.dims[:-1], self.dims[1:], strict=True))
 
-    def forward(self, x: Tokens, layer: Callable[[int, Tokens], Tokens]) -> Pass:
+    def initial_weights(self, heads: int) -> Weights:
+        """W_init: normal, of variance 1 / d_in, so that what is recalled before any write has the scale of a key;
+        biases at zero."""
+        matrices = [torch.randn(heads, d_in, d_out) / math.sqrt(d_in) for d_in, d_out in self._sizes()]
+        return [functional.pad(matrix, (0, 0, 0, 1)) for matrix in matrices] if self.bias else matrices
+
+    def forward(self, x: Tokens, layer: Apply) -> Pass:
         """`z^l = layer(l, in^l)`, `in^{l+1} = φ(z^l)`."""
-        inputs, preactivations = [x], []
+        inputs, preactivations = [self.given(x)], []
         for index in range(self.depth):
             preactivations.append(layer(index, inputs[index]))
             if index + 1 < self.depth:
-                inputs.append(ACTIVATIONS[self.activation].function(preactivations[index]))
-        return Pass(inputs, preactivations)
+                inputs.append(self.given(ACTIVATIONS[self.activation].function(preactivations[index])))
+        return Pass(inputs, preactivations, self._out(x, preactivations[-1]))
 
-    def backward(self, error: Tokens, weights: Weights, preactivations: list[Tokens]) -> list[Tokens]:
-        """Signals by backpropagation: `δ^L = error`, `δ^l = (δ^{l+1} W^{l+1}ᵀ) ⊙ φ'(z^l)`."""
-        signals = [error]
+    def backward(self, error: Tokens, weights: Weights, forward: Pass) -> list[Tokens]:
+        """Signals by backpropagation: `δ^L = error` (through the norm), `δ^l = (δ^{l+1} W^{l+1}ᵀ) ⊙ φ'(z^l)`."""
+        signals = [self._last(error, forward)]
         for index in range(self.depth - 1, 0, -1):
-            slope = ACTIVATIONS[self.activation].derivative(preactivations[index - 1])
-            signals.insert(0, product(signals[0], weights[index].mT) * slope)
+            slope = ACTIVATIONS[self.activation].derivative(forward.preactivations[index - 1])
+            signals.insert(0, self._back(signals[0], weights[index]) * slope)
         return signals
+
+    def given(self, x: Tokens) -> Tokens:
+        """What a matrix is applied to: x, and the 1 that its bias multiplies."""
+        return functional.pad(x, (0, 1), value=1.0) if self.bias else x
+
+    def with_norm(self, norm: Sequence[Tensor]) -> Network:
+        """The same network with the slow weights of its residual norm (gain and shift; none for no norm)."""
+        return replace(self, norm=ResidualNorm(*norm) if norm else None)
+
+    def _out(self, x: Tokens, z: Tokens) -> Tokens:
+        return z if self.norm is None else self.norm.forward(x, z)
+
+    def _last(self, error: Tokens, forward: Pass) -> Tokens:
+        return error if self.norm is None else self.norm.backward(error, forward.preactivations[-1])
+
+    def _back(self, signal: Tokens, weight: Tensor) -> Tokens:
+        return product(signal, (weight[..., :-1, :] if self.bias else weight).mT)
+
+
+@dataclass(frozen=True, eq=False)
+class SwiGLU(Network):
+    """`y = (φ(x W^0) ⊙ (x W^1)) W^2`, of dims (d_key, hidden, d_value)."""
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        d_key, hidden, d_value = self.dims
+        return [(d_key, hidden), (d_key, hidden), (hidden, d_value)]
+
+    def forward(self, x: Tokens, layer: Apply) -> Pass:
+        """Both inner matrices see x; the outer one sees their gated product."""
+        given = self.given(x)
+        gate, up = layer(0, given), layer(1, given)
+        hidden = self.given(ACTIVATIONS[self.activation].function(gate) * up)
+        z = layer(2, hidden)
+        return Pass([given, given, hidden], [gate, up, z], self._out(x, z))
+
+    def backward(self, error: Tokens, weights: Weights, forward: Pass) -> list[Tokens]:
+        """`δ^2 = error`, `δ^1 = h ⊙ φ(z^0)`, `δ^0 = h ⊙ z^1 ⊙ φ'(z^0)`, h = δ^2 W^2ᵀ."""
+        gate, up, _ = forward.preactivations
+        function, derivative = ACTIVATIONS[self.activation]
+        last = self._last(error, forward)
+        back = self._back(last, weights[2])
+        return [back * up * derivative(gate), back * function(gate), last]
+
+
+NETWORKS: dict[str, type[Network]] = {"mlp": Network, "swiglu": SwiGLU}

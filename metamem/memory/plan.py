@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metamem.memory.dual import Gate, gate_before, kernel
-from metamem.memory.level import TokenLevel
-from metamem.memory.schedule import Run
+from metamem.memory.dual import Gate, before, gate_before, kernel
+from metamem.memory.level import SignalAt, TokenLevel
+from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates
 
 Key = tuple  # a level's objectives: levels with equal ones share their signals
@@ -38,52 +38,78 @@ class Step(NamedTuple):
 
 class Term(NamedTuple):
     """One summand of the weights that a token sees, `share_t T`, T carried into the segment: the share after the
-    token's own write, and before it; None for 1. In the order of `component.term_weights`."""
+    token's own write, and where its signal is computed; None for 1. In the order of `component.term_weights`."""
 
     after: Gate | None
     before: Gate | None
 
 
 class Plan(NamedTuple):
-    """The plan of a segment; `strengths`: A[t, write], summed over levels of equal objectives, per objectives."""
+    """The plan of a segment; `strengths`: A[t, write], summed over levels of equal signals, per signal; `before`: the
+    same where the token's signal is computed (none for signals of the chunk). Writes are those of the window's tokens
+    before the segment, where a level has a window, and those of the segment."""
 
     terms: list[Term]
     strengths: dict[Key, Float[Tensor, "*batch tokens writes"]]
+    before: dict[Key, Float[Tensor, "*batch tokens writes"]]
     steps: dict[str, Step]
 
 
-def objective_key(level: TokenLevel) -> Key:
-    """Levels with equal objectives share their signals."""
-    return tuple(level.objectives.items())
+def signal_key(level: TokenLevel) -> Key:
+    """Levels with equal objectives and kind of signal share their signals."""
+    return (level.signal, *level.objectives.items())
 
 
-def plan(levels: Sequence[TokenLevel], gates: dict[str, Gates], span: Run) -> Plan:
-    """The plans of a run's segments, stacked on axis 2 (`unstack` gives the list)."""
+def plan(
+    levels: Sequence[TokenLevel],
+    gates: dict[str, Gates],
+    span: Run,
+    signal_at: SignalAt,
+    past: dict[str, Tensor] | None = None,
+) -> Plan:
+    """The plans of a run's segments, stacked on axis 2 (`unstack` gives the list). `past`: per level, the rates of
+    the tokens before the run that the largest window reaches back to."""
     here = {name: _segments(gate, span) for name, gate in gates.items()}
+    rates = {name: here[name].lr if past is None else _windows(gates[name].lr, span, past[name]) for name in here}
     kernels = {
         level.name: kernel(here[level.name].log_keep, here[level.name].log_momentum, here[level.name].lr[..., 0])
         for level in levels
         if level.period == 1
     }
     strengths: dict[Key, Tensor] = {}
+    earlier: dict[Key, Tensor] = {}
     steps: dict[str, Step] = {}
     for level in levels:
-        gate = here[level.name]
-        writers, rates = gate.lr.shape[-1], gate.lr.flatten(-2)
+        gate, rate = here[level.name], rates[level.name]
+        writers, reach = rate.shape[-1], rate.shape[-2] - span.length
         if level.period > 1:
             keep, momentum = _last(gate.log_keep), _last(gate.log_momentum)
-            steps[level.name] = Step(rates, None, keep, None, momentum)
+            if reach:
+                rate = rate * _first_writes(level, span.segments, reach, rate)
+            steps[level.name] = Step(rate.flatten(-2), None, keep, None, momentum)
             continue
+        rate = rate.flatten(-2)
         of = kernels[level.name]
-        strength = of.writes.repeat_interleave(writers, -1) * rates.unsqueeze(-2)
-        key = objective_key(level)
+        written, last_written = of.writes, of.last_writes
+        if reach:
+            window = _window(level.window, span.length, reach, written)
+            written = written @ window
+            last_written = None if last_written is None else last_written @ window
+        strength = _copies(written, writers) * rate.unsqueeze(-2)
+        key = signal_key(level)
         strengths[key] = strengths[key] + strength if key in strengths else strength
-        momentum = None if of.last_writes is None else of.last_writes.repeat_interleave(writers, -1) * rates
+        if signal_at != "chunk":
+            seen = before(strength, 0.0)
+            if signal_at == "decayed" and gate.log_keep is not None:
+                seen = gate.log_keep.exp().unsqueeze(-1) * seen
+            earlier[key] = earlier[key] + seen if key in earlier else seen
+        momentum = None if last_written is None else _copies(last_written, writers) * rate
         keep = None if of.keep is None else of.keep[..., -1]
         carry = None if of.carry is None else of.carry[..., -1]
         steps[level.name] = Step(strength[..., -1, :], momentum, keep, carry, of.last_carry)
-    terms = [_term(key, {name: (of.keep, of.carry) for name, of in kernels.items()}) for key in term_keys(levels)]
-    return Plan(terms, strengths, steps)
+    shares = {name: (of.keep, of.carry) for name, of in kernels.items()}
+    terms = [_term(key, shares, here, signal_at) for key in term_keys(levels)]
+    return Plan(terms, strengths, earlier, steps)
 
 
 def term_keys(levels: Sequence[TokenLevel]) -> list[tuple[str, ...]]:
@@ -103,16 +129,55 @@ def delta_key(level: TokenLevel) -> tuple[str, ...]:
     return (level.name,) if level.period == 1 and level.forgets else ()
 
 
-def _term(key: tuple[str, ...], shares: dict[str, tuple[Gate | None, Gate | None]]) -> Term:
+def _copies(share: Tensor, writers: int) -> Tensor:
+    return share if writers == 1 else share.repeat_interleave(writers, -1)
+
+
+def _windows(lr: Tensor, span: Run, past: Tensor) -> Tensor:
+    """Rates of the run's segments, each with those of the `past.shape[2]` tokens before it."""
+    return windows(torch.cat([past, lr[:, :, span.start : span.stop]], 2), span)
+
+
+def windows(x: Float[Tensor, "batch heads time *any"], span: Run) -> Float[Tensor, "batch heads segments tokens *any"]:
+    """The segments of a run, each with the tokens before it: x holds the run's tokens and some before them."""
+    reach = x.shape[2] - (span.stop - span.start)
+    return x.unfold(2, reach + span.length, span.length).movedim(-1, 3)
+
+
+def _window(window: int, tokens: int, reach: int, like: Tensor) -> Float[Tensor, "tokens reach_and_tokens"]:
+    """B[j, s]: 1 where the step of token j descends on the objective of token s, one of the last `window`."""
+    j = torch.arange(reach, reach + tokens, device=like.device).unsqueeze(1)
+    age = j - torch.arange(reach + tokens, device=like.device)
+    return ((age >= 0) & (age < window)).to(like.dtype)
+
+
+def _first_writes(level: TokenLevel, segments: Sequence[Segment], reach: int, like: Tensor) -> Tensor:
+    """1 for the writes of the segment, and at a period's first segment for those of its window before it."""
+    tokens = like.shape[3]
+    age = torch.arange(reach, reach - tokens, -1, device=like.device)  # 1 for the last token before the segment
+    before = (age >= 1) & (age <= level.window - level.period)
+    begins = [torch.tensor([True] if segment.refresh == () else segment.refresh or [False]) for segment in segments]
+    rows = torch.stack([row.expand(max(map(len, begins))) for row in begins], 1).to(like.device)
+    mask = (rows.unsqueeze(-1) & before) | (age < 1)
+    return mask[:, None, :, :, None].to(like.dtype)
+
+
+def _term(
+    key: tuple[str, ...],
+    shares: dict[str, tuple[Gate | None, Gate | None]],
+    gates: dict[str, Gates],
+    signal_at: SignalAt,
+) -> Term:
     if not key:
         return Term(None, None)
     if key[-1] == "momentum":
-        carry = shares[key[0]][1]
+        carry, log_keep = shares[key[0]][1], gates[key[0]].log_keep
         assert carry is not None
-        return Term(carry, gate_before(carry, 0.0))
+        earlier = gate_before(carry, 0.0)
+        return Term(carry, earlier * log_keep.exp() if signal_at == "decayed" and log_keep is not None else earlier)
     keeps = [keep for keep in (shares[name][0] for name in key) if keep is not None]
     share = torch.stack(keeps).prod(0) if len(keeps) > 1 else keeps[0]
-    return Term(share, gate_before(share, 1.0))
+    return Term(share, share if signal_at == "decayed" else gate_before(share, 1.0))
 
 
 def _last(log_gate: Gate | None) -> Tensor | None:

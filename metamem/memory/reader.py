@@ -7,15 +7,18 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metamem.memory.feature_maps import FEATURE_MAPS, FeatureMap
 from metamem.memory.product import Projection
-from metamem.memory.writer import unit
 
 
 class Reader(nn.Module):
-    """`readers` readers per head: q = x W_q (of unit length), y = RMSNorm(read) W_o over all heads and readers."""
+    """`readers` readers per head: q = φ(x W_q), y = RMSNorm(read) W_o over all heads and readers; φ the feature map."""
 
-    def __init__(self, dim: int, heads: int, d_key: int, d_value: int, readers: int = 1) -> None:
+    def __init__(
+        self, dim: int, heads: int, d_key: int, d_value: int, readers: int = 1, feature_map: FeatureMap = "unit"
+    ) -> None:
         super().__init__()
+        self.feature_map: FeatureMap = feature_map
         self.heads, self.readers = heads, readers
         self.queries = Projection(dim, heads * readers * d_key)
         self.norm = nn.RMSNorm(d_value)
@@ -24,7 +27,7 @@ class Reader(nn.Module):
     def query(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Float[Tensor, "b h t readers d_key"]:
         """The queries for x, in `dtype`."""
         queries = rearrange(self.queries(x), "b t (h r d) -> b h t r d", h=self.heads, r=self.readers)
-        return unit(queries.to(dtype))
+        return FEATURE_MAPS[self.feature_map](queries.to(dtype))
 
     def forward(self, read: Float[Tensor, "b h t readers d_value"]) -> Float[Tensor, "batch tokens dim"]:
         """The output for what was read."""

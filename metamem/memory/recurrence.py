@@ -1,13 +1,13 @@
 """The plain recurrence: token by token, the weights of every token built. The reference for every faster executor.
 
-    in, z = forward(k_t, W at the chunk's start)          δ by the level's objective
+    in, z = forward(k_t, W at the chunk's start)          δ by the level's signal
     S = β S − η in ⊗ δ      Δ = α Δ + S
     y_t = forward(q_t, keep W_init + Σ Δ)
 
 A level of period P sums its products and moves after the read of its boundary token: seen from the next token on.
 
-`written_out` computes signals by the written-out backpropagation, `vmap_grad` the same outer products by
-`torch.func.vmap(grad)` of the objective with respect to the weights, for any objective.
+`written_out` computes signals by the written-out equations, `by_autograd` the same products by `torch.func.vmap(grad)`
+of a loss with respect to the weights, for any objective.
 """
 
 from __future__ import annotations
@@ -19,93 +19,192 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from metamem.memory import signals
-from metamem.memory.component import Carry, Component, Learner, choose_rows, choose_weights
-from metamem.memory.networks import Network, Weights
-from metamem.memory.schedule import Rows, Run
-from metamem.memory.signals import Objectives
+from metamem.memory.component import Carry, Component, Learner, Past, choose_weights, fire_all
+from metamem.memory.level import TokenLevel
+from metamem.memory.networks import Weights
+from metamem.memory.plan import Step
+from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates, Writes
+from metamem.state import align
 
-# network, objectives, weights [b h i o], key [b h w i], value [b h w o], rate [b h w] -> per layer Σ_w rate in ⊗ δ
-Gradient = Callable[[Network, Objectives, Weights, Tensor, Tensor, Tensor], Weights]
+# weights [b h i o], key [b h w i], value [b h w o], rate [b h w] -> per layer Σ_w rate in ⊗ δ
+Products = Callable[[Learner, TokenLevel, Weights, Tensor, Tensor, Tensor], Weights]
 
 
 def run(
-    gradient: Gradient, learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry
+    products: Products, learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry
 ) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`; without an anchor every token's signal is computed at the weights of that token."""
-    network, levels, _ = learner
+    network, levels = learner.network, learner.levels
     reads, surprises = [], []
-    components, anchor = list(carry.components), carry.anchor
-    carry = carry._replace(components=components)
     for segment in span.segments:
         for token in range(segment.start, segment.start + segment.length):
-            now = carry.now()
-            if anchor is None:
-                at = now
-            else:
-                begins = segment.refresh if token == segment.start else None
-                at = anchor = anchor if begins is None else _anchored(begins, now, anchor)
+            starts = token == segment.start
+            if carry.anchor is not None and starts and segment.refresh is not None:
+                carry = carry._replace(anchor=_anchored(segment, carry.now(), carry.anchor))
             key, value = writes.keys[:, :, token], writes.values[:, :, token]
-            recalled = network.forward(key, lambda layer, a, at=at: a @ at[layer]).output
+            rates = {name: gates.lr[:, :, token] for name, gates in writes.gates.items()}
+            carry, recalled = write(products, learner, carry, key, value, rates, writes.gates, token, segment, starts)
             surprises.append(signals.value(levels[0].objectives, recalled, value))
-            for index, level in enumerate(levels):
-                gates = writes.gates[level.name]
-                products = gradient(network, level.objectives, at, key, value, gates.lr[:, :, token])
-                if level.period == 1:
-                    components[index] = _apply(components[index], products, gates, token)
-                else:
-                    before = components[index].pending or [torch.zeros_like(product) for product in products]
-                    pending = [a - b for a, b in zip(before, products, strict=True)]
-                    components[index] = components[index]._replace(pending=pending)
             now = carry.now()
             asked = queries[:, :, token]
             reads.append(network.forward(asked, lambda layer, a, now=now: a @ now[layer]).output)
+        last = segment.start + segment.length - 1
+        carry = fire_all(learner, segment, {name: _gates_of(writes.gates[name], last) for name in segment.fire}, carry)
+    return torch.stack(reads, 2), torch.stack(surprises, 2), carry
+
+
+def write(
+    products: Products,
+    learner: Learner,
+    carry: Carry,
+    key: Tensor,
+    value: Tensor,
+    rates: dict[str, Tensor],
+    gates: dict[str, Gates],
+    token: int,
+    segment: Segment,
+    starts: bool,
+) -> tuple[Carry, Tensor]:
+    """The token's writes, at once or in turn, and what was recalled for its keys before them."""
+    levels = learner.levels
+    before = carry.now()
+    decayed = [
+        _decay(component, gates[level.name], token) if level.period == 1 else component
+        for level, component in zip(levels, carry.components, strict=True)
+    ]
+    if learner.signal_at == "decayed":
+        before = carry._replace(components=_without_momentum(levels, carry.components, gates, token)).now()
+    at = before if carry.anchor is None else carry.anchor
+    writers = key.shape[2]
+    groups = [slice(i, i + 1) for i in range(writers)] if learner.in_turn else [slice(None)]
+    components, recalled = list(decayed), []
+    for number, group in enumerate(groups):
+        if number:
+            at = carry._replace(components=components).now()
+        k, v = key[:, :, group], value[:, :, group]
+        recalled.append(learner.network.forward(k, lambda layer, a, at=at: a @ at[layer]).output)
         for index, level in enumerate(levels):
-            rows, before = segment.fire.get(level.name), components[index]
-            if rows is not None:
-                gates, last = writes.gates[level.name], segment.start + segment.length - 1
-                pending = before.pending or []
-                fired = _apply(before, [-step for step in pending], gates, last)
-                fired = fired._replace(pending=[torch.zeros_like(step) for step in pending])
-                components[index] = choose_rows(rows, fired, before) if rows else fired
-    return torch.stack(reads, 2), torch.stack(surprises, 2), carry._replace(anchor=anchor)
+            written = window(level, carry.past, k, v, rates[level.name][:, :, group], segment, starts)
+            step = [-product for product in products(learner, level, at, *written)]
+            components[index] = _step(level, components[index], step)
+    return carry._replace(components=components, past=_later(carry.past, key, value, rates)), torch.cat(recalled, 2)
 
 
-def _apply(component: Component, products: Weights, gates: Gates, token: int) -> Component:
-    """`S = β S − products`, `Δ = α Δ + S`."""
-    keep = 1.0 if gates.log_keep is None else gates.log_keep[:, :, token, None, None].exp()
-    beta = 0.0 if gates.log_momentum is None else gates.log_momentum[:, :, token, None, None].exp()
-    steps = [-product for product in products]
-    if component.momentum is not None:
-        steps = [beta * momentum + step for momentum, step in zip(component.momentum, steps, strict=True)]
-    return component._replace(
-        delta=[keep * delta + step for delta, step in zip(component.delta, steps, strict=True)],
-        momentum=None if component.momentum is None else steps,
-        keep=None if component.keep is None else component.keep * torch.as_tensor(keep).squeeze((-1, -2)),
+def window(
+    level: TokenLevel, past: Past | None, key: Tensor, value: Tensor, rate: Tensor, segment: Segment, starts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys, values and rates on whose objective a token's step descends: its own, and those of the level's window
+    before it (for a level of period P, once, at the period's first token)."""
+    reach = level.window - level.period
+    if past is None or reach < 1 or (level.period > 1 and not (starts and segment.refresh is not None)):
+        return key, value, rate
+    before = past.rates[level.name][:, :, -reach:]
+    if level.period > 1 and segment.refresh:
+        before = align(torch.tensor(segment.refresh), before) * before
+    return (
+        torch.cat([past.keys[:, :, -reach:].flatten(2, 3), key], 2),
+        torch.cat([past.values[:, :, -reach:].flatten(2, 3), value], 2),
+        torch.cat([before.flatten(2, 3), rate], 2),
     )
 
 
-def _anchored(rows: Rows, now: Weights, anchor: Weights) -> Weights:
-    return choose_weights(torch.tensor(rows), now, anchor) if rows else now
+def _later(past: Past | None, key: Tensor, value: Tensor, rates: dict[str, Tensor]) -> Past | None:
+    if past is None:
+        return None
+    reach = past.keys.shape[2]
+
+    def roll(before: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([before, new.unsqueeze(2)], 2)[:, :, -reach:]
+
+    rolled = {name: roll(before, rates[name]) for name, before in past.rates.items()}
+    return Past(roll(past.keys, key), roll(past.values, value), rolled)
+
+
+def _decay(component: Component, gates: Gates, token: int) -> Component:
+    """`α Δ + β S`, to which the token's own step is added, and `β S`."""
+    faded = _faded(component, gates, token)
+    if component.momentum is None:
+        return faded
+    assert gates.log_momentum is not None
+    beta = gates.log_momentum[:, :, token, None, None].exp()
+    momentum = [beta * before for before in component.momentum]
+    return faded._replace(delta=[d + s for d, s in zip(faded.delta, momentum, strict=True)], momentum=momentum)
+
+
+def _faded(component: Component, gates: Gates, token: int) -> Component:
+    if gates.log_keep is None:
+        return component
+    keep = gates.log_keep[:, :, token].exp()
+    left = None if component.keep is None else component.keep * keep
+    return component._replace(delta=[keep[..., None, None] * delta for delta in component.delta], keep=left)
+
+
+def _without_momentum(
+    levels: tuple[TokenLevel, ...], components: list[Component], gates: dict[str, Gates], token: int
+) -> list[Component]:
+    return [
+        _faded(component, gates[level.name], token) if level.period == 1 else component
+        for level, component in zip(levels, components, strict=True)
+    ]
+
+
+def _step(level: TokenLevel, component: Component, step: Weights) -> Component:
+    """The step added to Δ and S, or, for a level of period P, to what is pending."""
+    if level.period > 1:
+        before = component.pending or [torch.zeros_like(one) for one in step]
+        return component._replace(pending=[a + b for a, b in zip(before, step, strict=True)])
+    delta = [a + b for a, b in zip(component.delta, step, strict=True)]
+    momentum = component.momentum
+    if momentum is not None:
+        momentum = [a + b for a, b in zip(momentum, step, strict=True)]
+    return component._replace(delta=delta, momentum=momentum)
+
+
+def _gates_of(gates: Gates, token: int) -> Step:
+    """The boundary token's α and β."""
+    keep = None if gates.log_keep is None else gates.log_keep[:, :, token].exp()
+    momentum = None if gates.log_momentum is None else gates.log_momentum[:, :, token].exp()
+    return Step(gates.lr[:, :, token], None, keep, None, momentum)
+
+
+def _anchored(segment: Segment, now: Weights, anchor: Weights) -> Weights:
+    return choose_weights(torch.tensor(segment.refresh), now, anchor) if segment.refresh else now
 
 
 def written_out(
-    network: Network, objectives: Objectives, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
+    learner: Learner, level: TokenLevel, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
 ) -> Weights:
-    """Per layer `Σ_w rate in ⊗ δ`, δ by the written-out backpropagation."""
+    """Per layer `Σ_w rate in ⊗ δ`, δ written out."""
+    network = learner.network
     forward = network.forward(key, lambda layer, a: a @ weights[layer])
-    error = signals.output_error(objectives, forward.output, value)
-    deltas = network.backward(error, weights, forward.preactivations)
+    deltas = signals.at_layers(level.signal, level.objectives, network, forward, weights, value, learner.feedback)
     return [(rate.unsqueeze(-1) * a).mT @ delta for a, delta in zip(forward.inputs, deltas, strict=True)]
 
 
-def vmap_grad(
-    network: Network, objectives: Objectives, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
+def by_autograd(
+    learner: Learner, level: TokenLevel, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
 ) -> Weights:
-    """The same by torch.func: the gradient of Σ_w rate · objective."""
+    """The same by torch.func: the gradient of Σ_w rate · loss. Backprop's is the objective; predicted targets have
+    `½ ‖in^l W^l − v P^l‖²` at each layer, no gradient through in^l; Hebbian is `−(k W) · v`."""
+    feedback = learner.feedback or []
 
-    def loss(weights: Weights, key: Tensor, value: Tensor, rate: Tensor) -> Tensor:
-        recalled = network.forward(key, lambda layer, a: a @ weights[layer]).output
-        return (rate * signals.value(objectives, recalled, value)).sum()
+    def loss(
+        moved: Weights, still: Weights, norm: Weights, feedback: Weights, key: Tensor, value: Tensor, rate: Tensor
+    ) -> Tensor:
+        network = learner.network.with_norm(norm)
+        of = moved if level.signal == "backprop" else still
+        forward = network.forward(key, lambda layer, a: a @ of[layer])
+        if level.signal == "backprop":
+            return (rate * signals.value(level.objectives, forward.output, value)).sum()
+        layers = list(zip(forward.inputs, moved, strict=True))
+        if level.signal == "hebbian":
+            losses = [-((a @ weight) * value).sum(-1) for a, weight in layers]
+        else:
+            targets = [value @ matrix for matrix in feedback]
+            losses = [0.5 * (a @ weight - t).square().sum(-1) for (a, weight), t in zip(layers, targets, strict=True)]
+        return (rate * torch.stack(losses).sum(0)).sum()
 
-    return vmap(vmap(grad(loss)))(weights, key, value, rate)
+    norm = [] if learner.network.norm is None else list(learner.network.norm)
+    per_head = vmap(grad(loss))
+    return vmap(per_head, in_dims=(0, 0, None, None, 0, 0, 0))(weights, weights, norm, feedback, key, value, rate)

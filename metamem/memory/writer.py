@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from metamem.memory.feature_maps import FEATURE_MAPS, FeatureMap
 from metamem.memory.level import TokenLevel
 from metamem.memory.product import Projection
 
@@ -36,12 +37,20 @@ class Writes(NamedTuple):
 
 
 class Writer(nn.Module):
-    """`writers` writers per head: k = x W_k (of unit length), v = x W_v, η, β, α = gates of x per level."""
+    """`writers` writers per head: k = φ(x W_k), v = x W_v, η, β, α = gates of x per level; φ the feature map."""
 
     def __init__(
-        self, dim: int, heads: int, d_key: int, d_value: int, levels: Sequence[TokenLevel], writers: int = 1
+        self,
+        dim: int,
+        heads: int,
+        d_key: int,
+        d_value: int,
+        levels: Sequence[TokenLevel],
+        writers: int = 1,
+        feature_map: FeatureMap = "unit",
     ) -> None:
         super().__init__()
+        self.feature_map: FeatureMap = feature_map
         self.heads, self.writers, self.levels = heads, writers, tuple(levels)
         self.keys = Projection(dim, heads * writers * d_key)
         self.values = Projection(dim, heads * writers * d_value)
@@ -69,7 +78,7 @@ class Writer(nn.Module):
         keys = rearrange(self.keys(x), "b t (h w d) -> b h t w d", **split).to(dtype)
         values = rearrange(self.values(x), "b t (h w d) -> b h t w d", **split).to(dtype)
         gates = {level.name: self._gates(x, level, dtype) for level in self.levels}
-        return Writes(unit(keys), values, gates)
+        return Writes(FEATURE_MAPS[self.feature_map](keys), values, gates)
 
     def _gates(self, x: Tensor, level: TokenLevel, dtype: torch.dtype) -> Gates:
         batch, tokens, _ = x.shape
@@ -97,11 +106,6 @@ class Writer(nn.Module):
         elif level.has_momentum:
             momentum = constant(math.log(level.momentum))
         return Gates(lr, keep, momentum)
-
-
-def unit(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
-    """x / max(‖x‖, 1e-3): of unit length, with a gradient that stays bounded where x is zero."""
-    return functional.normalize(x, dim=-1, eps=1e-3)
 
 
 def _logit(probability: float) -> float:
