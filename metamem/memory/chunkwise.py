@@ -41,6 +41,7 @@ class Pieces(NamedTuple):
 def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], what is carried."""
     network, levels, chunk = learner.network, learner.levels, learner.chunk
+    assert isinstance(network, Network)
     fresh = span.length * writes.keys.shape[3]  # writes of a segment's own tokens
     reads, surprises = [], []
     pieces, past = cut_pieces(learner, span, writes, queries, carry.past)

@@ -14,6 +14,7 @@ def check(
     dims: Sequence[int],
     activation: str,
     residual_norm: bool,
+    bias: bool,
     levels: Sequence[TokenLevel],
     chunk: int,
     signal_at: SignalAt,
@@ -22,8 +23,10 @@ def check(
     """Raises ValueError, with the nearest valid setting, where settings exclude each other."""
     if not levels:
         raise ValueError("a fast-weight memory needs at least one level with clock 'token' that names its group")
-    if network not in NETWORKS:
-        raise ValueError(f"there is no memory network {network!r} ({', '.join(NETWORKS)})")
+    if network not in NETWORKS and "." not in network:
+        raise ValueError(
+            f"there is no memory network {network!r} ({', '.join(NETWORKS)}, or the dotted path of an nn.Module)"
+        )
     if min(chunk, *dims) < 1:
         raise ValueError(f"chunk and all widths must be at least 1, not {chunk} and {list(dims)}")
     if activation not in ACTIVATIONS:
@@ -37,7 +40,9 @@ def check(
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
         raise ValueError(f"levels need different names: {names}")
-    linear = len(dims) == 2 and not residual_norm
+    linear = network in NETWORKS and len(dims) == 2 and not residual_norm
+    if network not in NETWORKS:
+        _check_module(network, dims, residual_norm, bias, levels)
     for level in levels:
         _check_period(level, chunk)
         _check_window(level, chunk, signal_at)
@@ -50,6 +55,20 @@ def check(
         _check_token_signals(linear, levels, chunk, signal_at)
     if writes == "in_turn":
         _check_in_turn(levels, signal_at)
+
+
+def _check_module(
+    network: str, dims: Sequence[int], residual_norm: bool, bias: bool, levels: Sequence[TokenLevel]
+) -> None:
+    for setting, given in (("hidden", len(dims) > 2), ("residual_norm", residual_norm), ("bias", bias)):
+        if given:
+            raise ValueError(f"{setting} is for {' and '.join(NETWORKS)}: {network} is what it is; leave {setting} out")
+    for level in levels:
+        if level.signal != "backprop":
+            raise ValueError(
+                f"level {level.name!r}: {level.signal} needs the layers of a network, and {network} is a module of "
+                f"your own; set signal to 'backprop', or network to {' or '.join(NETWORKS)}"
+            )
 
 
 def _check_period(level: TokenLevel, chunk: int) -> None:

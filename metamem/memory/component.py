@@ -18,7 +18,7 @@ from torch import Tensor
 from metamem.memory.decay import decay_add
 from metamem.memory.dual import outer_sum
 from metamem.memory.level import SignalAt, TokenLevel
-from metamem.memory.networks import Network, Weights
+from metamem.memory.networks import MemoryNetwork, Weights
 from metamem.memory.plan import Step, delta_key, initial_key, term_keys
 from metamem.memory.schedule import Rows, Segment
 from metamem.memory.signals import output_error
@@ -53,7 +53,7 @@ class Learner(NamedTuple):
     computed, whether the writes of a token happen in turn, W_init, and the matrices that predict targets (None where no
     level's signal needs them)."""
 
-    network: Network
+    network: MemoryNetwork
     levels: tuple[TokenLevel, ...]
     chunk: int
     signal_at: SignalAt

@@ -28,6 +28,7 @@ from metamem.memory import signals
 from metamem.memory.chunkwise import move
 from metamem.memory.component import Carry, Learner, Products, term_weights
 from metamem.memory.level import TokenLevel
+from metamem.memory.networks import Network
 from metamem.memory.plan import Key, Plan, cut, plan, signal_key, unstack
 from metamem.memory.schedule import Run
 from metamem.memory.writer import Writes
@@ -37,10 +38,11 @@ Rows = Float[Tensor, "batch heads segments writes _features"]
 
 def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`, with every signal at the weights of its own token."""
-    levels, writers, readers = learner.levels, writes.keys.shape[3], queries.shape[3]
+    network, levels, writers, readers = learner.network, learner.levels, writes.keys.shape[3], queries.shape[3]
+    assert isinstance(network, Network)
     stacked = plan(levels, writes.gates, span, learner.signal_at)
     values = cut(writes.values, span).flatten(3, 4)
-    keys, asked = (learner.network.given(cut(x, span).flatten(3, 4)) for x in (writes.keys, queries))
+    keys, asked = (network.given(cut(x, span).flatten(3, 4)) for x in (writes.keys, queries))
     scales = {signal_key(level): _scale(level) for level in levels}
     targets = values if learner.feedback is None else values @ learner.feedback[0].unsqueeze(1)
     hebbian = levels[0].signal == "hebbian"

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from metamem.memory import chunkwise, delta_rule, recurrence
+from metamem.memory import chunkwise, delta_rule, module_network, recurrence
 from metamem.memory.base import Memory, Out
 from metamem.memory.combinations import check
 from metamem.memory.component import (
@@ -40,7 +40,8 @@ from metamem.memory.component import (
 )
 from metamem.memory.feature_maps import FeatureMap
 from metamem.memory.level import SignalAt, TokenLevel
-from metamem.memory.networks import NETWORKS, Weights
+from metamem.memory.module_network import ModuleNetwork
+from metamem.memory.networks import NETWORKS, MemoryNetwork, Weights
 from metamem.memory.reader import Reader
 from metamem.memory.schedule import Run, schedule
 from metamem.memory.writer import Writer, Writes
@@ -70,7 +71,8 @@ class FastWeightsState(TypedDict, total=False):
 class FastWeights(Memory):
     """A fast-weight memory of `heads` networks `d_key -> hidden … -> d_value`, written by the inner loop.
 
-    - `network`       `mlp` or `swiglu` (`metamem.memory.networks`), with `bias` and `residual_norm` as options
+    - `network`       `mlp` or `swiglu` (`metamem.memory.networks`), with `bias` and `residual_norm` as options; or the
+                      dotted path of an nn.Module of your own (`metamem.memory.module_network`)
     - `hidden`        widths of the hidden layers, or `expansion`, the same as multiples of d_key; neither: linear
     - `initial`       W_init starts `normal` or at `zero`; it is a slow weight either way
     - `feature_map`   of keys and queries (`metamem.memory.feature_maps`)
@@ -88,7 +90,7 @@ class FastWeights(Memory):
         heads: int = 4,
         d_key: int | None = None,
         d_value: int | None = None,
-        network: Literal["mlp", "swiglu"] = "mlp",
+        network: str = "mlp",
         hidden: Sequence[int] = (),
         expansion: Sequence[float] = (),
         activation: Literal["silu", "gelu", "tanh", "relu"] = "silu",
@@ -114,8 +116,11 @@ class FastWeights(Memory):
         self.readers, self.in_turn = readers, writes == "in_turn"
         self.levels = tuple(levels)
         self.writing = True  # switched off, a forward only reads (`metamem.adaptation.writing`)
-        check(network, (d_key, *hidden, d_value), activation, residual_norm, self.levels, chunk, signal_at, writes)
-        self.network = NETWORKS[network]((d_key, *hidden, d_value), activation, bias)
+        dims = (d_key, *hidden, d_value)
+        check(network, dims, activation, residual_norm, bias, self.levels, chunk, signal_at, writes)
+        self.network: MemoryNetwork = (
+            NETWORKS[network](dims, activation, bias) if network in NETWORKS else ModuleNetwork(network, d_key, d_value)
+        )
         self.writer = Writer(dim, heads, d_key, d_value, self.levels, writers, feature_map)
         self.reader = Reader(dim, heads, d_key, d_value, readers, feature_map)
         weights = self.network.initial_weights(heads)
@@ -125,7 +130,7 @@ class FastWeights(Memory):
             self.norm_shift = nn.Parameter(torch.zeros(heads, 1, d_value))
         self.residual_norm = residual_norm
         if any(level.signal == "predicted_targets" for level in self.levels):
-            shapes = [(heads, d_value, d_out) for _, d_out in self.network.shapes]
+            shapes = [(heads, d_value, weight.shape[-1]) for weight in weights]
             self.feedback = nn.ParameterList([torch.randn(shape) / d_value**0.5 for shape in shapes])
 
     def init_state(self, batch: int) -> State:
@@ -193,9 +198,7 @@ class FastWeights(Memory):
             components = [from_state(state["levels"][level.name]) for level in self.levels]
             weights = Carry(init, components, None).now()
             queries = self.reader.query(x.to(self.init[0].dtype), init[0].dtype)
-            recalled = (
-                self._learner(init).network.forward(queries.flatten(2, 3), lambda layer, a: a @ weights[layer]).output
-            )
+            recalled = self._learner(init).network.recall(weights, queries.flatten(2, 3))
         return self.reader(recalled.unflatten(2, queries.shape[2:4])), state
 
     def _init(self) -> Weights:
@@ -212,12 +215,14 @@ class FastWeights(Memory):
         return Learner(network, self.levels, self.chunk, self.signal_at, self.in_turn, init, feedback)
 
     def _executor(self) -> Executor:
-        if self.executor == "recurrence":
+        if self.executor == "recurrence" and not isinstance(self.network, ModuleNetwork):
             return partial(recurrence.run, recurrence.written_out)
-        if self.executor == "vmap_grad":
+        if self.executor != "dual":
             return partial(recurrence.run, recurrence.by_autograd)
-        # A deep network with token signals has chunks of one token.
-        linear = self.network.depth == 1 and not self.residual_norm
+        if isinstance(self.network, ModuleNetwork):
+            return module_network.run
+        # A network that is not linear has chunks of one token where its signals are those of the token.
+        linear = self.network.linear and not self.residual_norm
         return delta_rule.run if self.signal_at != "chunk" and linear else chunkwise.run
 
     def _schedule(self, positions: Sequence[int], tokens: int) -> list[Run]:

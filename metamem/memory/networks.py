@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -98,6 +98,26 @@ def _normalised(z: Tokens) -> tuple[Tokens, Tensor]:
     return centred / deviation, deviation
 
 
+@runtime_checkable
+class MemoryNetwork(Protocol):
+    """What every memory network is: `Network` here, a user's module in `metamem.memory.module_network`."""
+
+    @property
+    def dims(self) -> tuple[int, ...]: ...  # d_key, …, d_value
+
+    @property
+    def linear(self) -> bool: ...
+
+    @property
+    def norm(self) -> ResidualNorm | None: ...
+
+    def initial_weights(self, heads: int) -> Weights: ...
+
+    def recall(self, weights: Weights, x: Tokens) -> Tensor: ...
+
+    def with_norm(self, norm: Sequence[Tensor]) -> MemoryNetwork: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """A multi-layer perceptron `dims[0] -> … -> dims[-1]`; two dims make a linear memory.
@@ -142,6 +162,10 @@ class Network:
             if index + 1 < self.depth:
                 inputs.append(self.given(ACTIVATIONS[self.activation].function(preactivations[index])))
         return Pass(inputs, preactivations, self._out(x, preactivations[-1]))
+
+    def recall(self, weights: Weights, x: Tokens) -> Tokens:
+        """The output for x at the given weights."""
+        return self.forward(x, lambda index, a: a @ weights[index]).output
 
     def backward(self, error: Tokens, weights: Weights, forward: Pass) -> list[Tokens]:
         """Signals by backpropagation: `δ^L = error` (through the norm), `δ^l = (δ^{l+1} W^{l+1}ᵀ) ⊙ φ'(z^l)`."""

@@ -21,7 +21,7 @@ from torch.func import grad, vmap
 from metamem.memory import signals
 from metamem.memory.component import Carry, Component, Learner, Past, choose_weights, fire_all
 from metamem.memory.level import TokenLevel
-from metamem.memory.networks import Weights
+from metamem.memory.networks import Network, Weights
 from metamem.memory.plan import Step
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates, Writes
@@ -35,7 +35,7 @@ def run(
     products: Products, learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry
 ) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`; without an anchor every token's signal is computed at the weights of that token."""
-    network, levels = learner.network, learner.levels
+    levels = learner.levels
     reads, surprises = [], []
     for segment in span.segments:
         for token in range(segment.start, segment.start + segment.length):
@@ -48,9 +48,11 @@ def run(
             surprises.append(signals.value(levels[0].objectives, recalled, value))
             now = carry.now()
             asked = queries[:, :, token]
-            reads.append(network.forward(asked, lambda layer, a, now=now: a @ now[layer]).output)
+            reads.append(learner.network.recall(now, asked))
         last = segment.start + segment.length - 1
-        carry = fire_all(learner, segment, {name: _gates_of(writes.gates[name], last) for name in segment.fire}, carry)
+        carry = fire_all(
+            learner, segment, {name: boundary_gates(writes.gates[name], last) for name in segment.fire}, carry
+        )
     return torch.stack(reads, 2), torch.stack(surprises, 2), carry
 
 
@@ -83,11 +85,11 @@ def write(
         if number:
             at = carry._replace(components=components).now()
         k, v = key[:, :, group], value[:, :, group]
-        recalled.append(learner.network.forward(k, lambda layer, a, at=at: a @ at[layer]).output)
+        recalled.append(learner.network.recall(at, k))
         for index, level in enumerate(levels):
             written = window(level, carry.past, k, v, rates[level.name][:, :, group], segment, starts)
             step = [-product for product in products(learner, level, at, *written)]
-            components[index] = _step(level, components[index], step)
+            components[index] = add_step(level, components[index], step)
     return carry._replace(components=components, past=_later(carry.past, key, value, rates)), torch.cat(recalled, 2)
 
 
@@ -149,7 +151,7 @@ def _without_momentum(
     ]
 
 
-def _step(level: TokenLevel, component: Component, step: Weights) -> Component:
+def add_step(level: TokenLevel, component: Component, step: Weights) -> Component:
     """The step added to Δ and S, or, for a level of period P, to what is pending."""
     if level.period > 1:
         before = component.pending or [torch.zeros_like(one) for one in step]
@@ -161,7 +163,7 @@ def _step(level: TokenLevel, component: Component, step: Weights) -> Component:
     return component._replace(delta=delta, momentum=momentum)
 
 
-def _gates_of(gates: Gates, token: int) -> Step:
+def boundary_gates(gates: Gates, token: int) -> Step:
     """The boundary token's α and β."""
     keep = None if gates.log_keep is None else gates.log_keep[:, :, token].exp()
     momentum = None if gates.log_momentum is None else gates.log_momentum[:, :, token].exp()
@@ -177,6 +179,7 @@ def written_out(
 ) -> Weights:
     """Per layer `Σ_w rate in ⊗ δ`, δ written out."""
     network = learner.network
+    assert isinstance(network, Network)
     forward = network.forward(key, lambda layer, a: a @ weights[layer])
     deltas = signals.at_layers(level.signal, level.objectives, network, forward, weights, value, learner.feedback)
     return [(rate.unsqueeze(-1) * a).mT @ delta for a, delta in zip(forward.inputs, deltas, strict=True)]
@@ -193,10 +196,10 @@ def by_autograd(
         moved: Weights, still: Weights, norm: Weights, feedback: Weights, key: Tensor, value: Tensor, rate: Tensor
     ) -> Tensor:
         network = learner.network.with_norm(norm)
-        of = moved if level.signal == "backprop" else still
-        forward = network.forward(key, lambda layer, a: a @ of[layer])
         if level.signal == "backprop":
-            return (rate * signals.value(level.objectives, forward.output, value)).sum()
+            return (rate * signals.value(level.objectives, network.recall(moved, key), value)).sum()
+        assert isinstance(network, Network)
+        forward = network.forward(key, lambda layer, a: a @ still[layer])
         layers = list(zip(forward.inputs, moved, strict=True))
         if level.signal == "hebbian":
             losses = [-((a @ weight) * value).sum(-1) for a, weight in layers]
