@@ -98,5 +98,5 @@ def test_a_memory_stands_in_for_any_other_in_one_line(memory, network, tmp_path,
     trained = run(path, [*overrides(path), f"training.length={LENGTH}"], tmp_path / "runs")
     model, levels = trained.model, load_config(path).hierarchy.levels
     _, state, aux = model(torch.randint(model.dim_out, (2, 5)))
-    assert any(name.endswith("memory.surprise") for name in aux) == any(level.clock == "token" for level in levels)
+    assert any(name.endswith(".surprise") for name in aux) == any(level.clock == "token" for level in levels)
     assert model.blocks.reset_state(state["blocks"]).keys() == state["blocks"].keys()

@@ -6,7 +6,7 @@ final weights and momenta, and the outer gradients by every slow weight and the 
 the engine, save where a paper's matrix is d_value × d_key.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -93,11 +93,11 @@ class Held(NamedTuple):
     """What a method reads for each token, and holds at the end: one matrix a layer, d_in × d_out. `anchor`: the
     weights at which the gradients of a half-read mini-batch are taken; `pending`: the step summed since the last."""
 
-    reads: list
-    weights: list
-    momentum: list = []
-    pending: list = []
-    anchor: list = []
+    reads: Sequence
+    weights: Sequence
+    momentum: Sequence = ()
+    pending: Sequence = ()
+    anchor: Sequence = ()
 
 
 def plain(memory, x, method, features):
@@ -307,7 +307,7 @@ def atlas(token):
 
 
 def continuum(network, period):
-    """One block of Behrouz et al. 2025 (2512.24695), continuum memory: θ ← θ − Σ_{last P tokens} η_t ∇ℓ(θ_t; x_t) every P."""
+    """A block of the chain of Behrouz et al. 2025 (2512.24695): θ ← θ − Σ_{last P tokens} η_t ∇ℓ(θ_t; x_t) every P."""
 
     def method(token):
         weights, reads, pending = token.start, [], zeros(token.start)
@@ -350,9 +350,7 @@ CASES = {
     "ttt_linear": Case("ttt_linear", mini_batch_descent(residual_linear), unit),
     "ttt_mlp": Case("ttt_mlp", mini_batch_descent(residual_mlp), unit),
     "titans": Case("titans", surprise_momentum(mlp(functional.silu))),
-    "titans-every-token": Case(
-        "titans", surprise_momentum(mlp(functional.silu), chunk=1), overrides=("vars.chunk=1",)
-    ),
+    "titans-every-token": Case("titans", surprise_momentum(mlp(functional.silu), chunk=1), overrides=("vars.chunk=1",)),
     "lact": Case("lact", lact, rounding=1000),
     "atlas": Case("atlas", atlas, overrides=(f"vars.window={WINDOW}",), rounding=1000),
     "omega": Case(
@@ -388,7 +386,7 @@ def test_a_chain_of_memories_is_nested_learnings(tmp_path):
     agree(memory, x, Out(out.y, held, {}), Out(y, expected, {}))
 
 
-def agree(memory, x, out, expected, rounding=1):
+def agree(memory, x, out, expected, rounding=1.0):
     """Equal in values and in what is held, and so in the gradients of all of it by every slow weight and x."""
     close(tensors(out), tensors(expected), rounding)
     close(gradients(memory, x, out), gradients(memory, x, expected), rounding)
