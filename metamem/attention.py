@@ -87,9 +87,13 @@ class Attention(Stateful):
         if self.window is None and self.persistent is None:
             attended = _attend_to_all(queries, keys, values, state["count"])
         else:
-            fixed = None if self.persistent is None else fixed_tokens(self.project(self.persistent), self.heads)
-            attended = _attend(queries, keys, values, state["count"], self.window, fixed)
+            attended = _attend(queries, keys, values, state["count"], self.window, self._fixed())
         return self.output(rearrange(attended, "b h t d -> b t (h d)")), after
+
+    def _fixed(self) -> Fixed | None:
+        if self.persistent is None:
+            return None
+        return fixed_tokens(functional.linear(self.persistent, self.project.weight[self.dim_in :]), self.heads)
 
 
 class Fixed(NamedTuple):
@@ -99,9 +103,9 @@ class Fixed(NamedTuple):
     values: Float[Tensor, "heads fixed dim_head"]
 
 
-def fixed_tokens(projected: Float[Tensor, "fixed three_dim"], heads: int) -> Fixed:
-    """Those of learned tokens that were projected as all tokens are, to queries, keys and values."""
-    return Fixed(*rearrange(projected, "n (three h d) -> three h n d", three=3, h=heads)[1:])
+def fixed_tokens(projected: Float[Tensor, "fixed two_dim"], heads: int) -> Fixed:
+    """Those of learned tokens that were projected as all tokens are, to keys and values."""
+    return Fixed(*rearrange(projected, "n (two h d) -> two h n d", two=2, h=heads))
 
 
 def _attend_to_all(queries: Heads, keys: Seen, values: Seen, count: Int[Tensor, "batch"]) -> Heads:

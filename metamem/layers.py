@@ -1,4 +1,5 @@
-"""Plain layers of a network: embedding, norm, linear, MLP, short convolution. Each says its `dim_in` and `dim_out`."""
+"""Plain layers of a network: embedding, norm, linear, MLP, gate, short convolution. A module says its `dim_in` and
+`dim_out`; a gate joins two sources (`by: gate`)."""
 
 from __future__ import annotations
 
@@ -65,6 +66,21 @@ class MLP(nn.Module):
     def forward(self, x: Tokens) -> Tokens:
         """φ(x W_up) W_down."""
         return self.down(ACTIVATIONS[self.activation].function(self.up(x)))
+
+
+class Gate(nn.Module):
+    """g ⊙ a + (1 − g) ⊙ b with g = σ([a, b] W + bias)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(2 * dim, dim)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, a: Tokens, b: Tokens) -> Tokens:
+        """The gated mean of a and b."""
+        gate = torch.sigmoid(self.project(torch.cat([a, b], -1)))
+        return gate * a + (1 - gate) * b
 
 
 @MODULES.register("short_convolution")

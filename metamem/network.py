@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from metamem import attention, controllers, layers  # noqa: F401  (they register their kinds)
+from metamem import attention, controllers  # noqa: F401  (they register their kinds)
 from metamem.config import Config, NetworkConfig, Where, check_measured, measured_objectives, network_config
 from metamem.config.schema import ConnectionConfig
 from metamem.globs import matches
 from metamem.hierarchy import learned_rates, token_levels
+from metamem.layers import Gate
+from metamem.memory import context, persistent_tokens  # noqa: F401  (they register their kinds)
 from metamem.memory.base import Out
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
@@ -69,23 +71,6 @@ def _check_length(config: Config, network: Network) -> None:
                 f"a sequence of {length} tokens is shorter than the period of level {level.name!r}, {level.period}: it "
                 f"would never move in training; make it at least {level.period}"
             )
-
-
-class Gate(nn.Module):
-    """g ⊙ a + (1 − g) ⊙ b with g = σ([a, b] W + bias)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(2 * dim, dim)
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
-
-    def forward(
-        self, a: Float[Tensor, "batch time dim"], b: Float[Tensor, "batch time dim"]
-    ) -> Float[Tensor, "batch time dim"]:
-        """The gated mean of a and b."""
-        gate = torch.sigmoid(self.project(torch.cat([a, b], -1)))
-        return gate * a + (1 - gate) * b
 
 
 class Network(Stateful):
@@ -229,7 +214,11 @@ class _Builder:
                     f"no token level names the weights of this memory, {path}.init.*; "
                     f"the globs of the token levels are {', '.join(dict.fromkeys(globs)) or 'none'}"
                 )
-            return MODULES.build(kind, options, where, levels=levels)
+
+            def nested(name: str, entry: dict[str, Any]) -> nn.Module:
+                return self.module(entry, where / name, f"{path}.{name}")
+
+            return MODULES.build(kind, options, where, nested, levels=levels)
         options = MODULES.check(kind, options, where)
         graph, repeat = network_config(options, where), options.get("repeat")
         if repeat is None:

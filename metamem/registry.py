@@ -8,6 +8,9 @@ second list of them to keep in step:
         def __init__(self, dim: int, initial: float = 1.0): ...
 
     # network: {modules: {scale: {kind: scale, dim: 128}}, ...}
+
+An option annotated with a module class is a module of its own in the config, with its kind and options: nested in the
+constructor's, which is given it built.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING
 from typing import Any, Generic, TypeVar, get_type_hints
+
+from torch import nn
 
 from metamem.config.convert import convert, describe
 from metamem.config.errors import ConfigError, Where
@@ -81,6 +86,10 @@ class Registry(Generic[T]):
             if item.name not in self.builder_args
         }
 
+    def nested(self, name: str) -> list[str]:
+        """The options that are modules of their own."""
+        return [option for option, (annotation, _) in self.options(name).items() if is_module(annotation)]
+
     def needs(self, name: str, argument: str) -> bool:
         """Whether the constructor registered as `name` cannot do without an argument, as a memory without levels."""
         return name in self and any(
@@ -97,24 +106,58 @@ class Registry(Generic[T]):
                 raise (place / key).unknown(f"{self.noun} {name!r} has no such option", key, known)
         for key, (annotation, default) in known.items():
             if key not in options and default is MISSING:
-                raise (place / key).error(f"is missing: {self.noun} {name!r} needs {describe(annotation)}")
-        return {key: convert(value, known[key][0], place / key) for key, value in options.items()}
+                needed = f"a mapping with a {self.key}" if is_module(annotation) else describe(annotation)
+                raise (place / key).error(f"is missing: {self.noun} {name!r} needs {needed}")
+        return {key: self._option(value, known[key][0], place / key) for key, value in options.items()}
 
-    def build(self, name: str, options: Mapping[str, Any], where: Where | str = "", **supplied: Any) -> T:
+    def _option(self, value: Any, annotation: Any, place: Where) -> Any:
+        if not is_module(annotation):
+            return convert(value, annotation, place)
+        entry = convert(value, dict[str, Any], place)
+        if not isinstance(entry.get(self.key), str):
+            raise (place / self.key).error(f"is missing: name a {self.noun}, such as {next(iter(self))}")
+        return entry
+
+    def build(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        where: Where | str = "",
+        nested: Callable[[str, dict[str, Any]], T] | None = None,
+        **supplied: Any,
+    ) -> T:
         """Check the options and construct.
 
-        `supplied` are the builder's own arguments, passed on where the constructor takes them. A ValueError that the
-        constructor raises about its options becomes a ConfigError at `where`.
+        `supplied` are the builder's own arguments, passed on where the constructor takes them; `nested` builds a module
+        among the options, from its option's name and its entry. A ValueError that the constructor raises about its
+        options becomes a ConfigError at `where`.
         """
-        arguments = self.check(name, options, where)
+        arguments, place = self.check(name, options, where), Where.of(where)
         constructor = self.get(name, where)
+        for key in (option for option in self.nested(name) if option in arguments):
+            entry = dict(arguments[key])
+            kind, wanted = entry[self.key], self.options(name)[key][0]
+            part = nested(key, entry) if nested else self.build(entry.pop(self.key), entry, place / key, **supplied)
+            if not isinstance(part, wanted):
+                kinds = [other for other in self if _makes(self.get(other), wanted)]
+                raise (place / key / self.key).unknown(f"{kind!r} is no {wanted.__name__}", kind, kinds)
+            arguments[key] = part
         taken = {parameter.name for parameter in _keywords(constructor)} & self.builder_args
         try:
             return constructor(**arguments, **{key: value for key, value in supplied.items() if key in taken})
         except ConfigError:
             raise  # it already says where, more exactly
         except ValueError as error:
-            raise Where.of(where).error(str(error)) from error
+            raise place.error(str(error)) from error
+
+
+def is_module(annotation: Any) -> bool:
+    """Whether an option with this annotation is a module of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, nn.Module)
+
+
+def _makes(constructor: Callable[..., Any], wanted: type) -> bool:
+    return isinstance(constructor, type) and issubclass(constructor, wanted)
 
 
 def _identity(constructor: Callable[..., Any]) -> str:
@@ -146,11 +189,17 @@ def check_options(config: Config) -> None:
         options = {key: value for key, value in entry.items() if key != registry.key}
         registry.check(entry[registry.key], options, where)
 
+    def check_module(module: Mapping[str, Any], where: Where) -> None:
+        check(MODULES, module, where)
+        for option in MODULES.nested(module[MODULES.key]):
+            if option in module:
+                check_module(module[option], where / option)
+        if module[MODULES.key] == "network":
+            check_modules(module["modules"], where / "modules")
+
     def check_modules(modules: Mapping[str, Mapping[str, Any]], where: Where) -> None:
         for name, module in modules.items():
-            check(MODULES, module, where / name)
-            if module[MODULES.key] == "network":
-                check_modules(module["modules"], where.at(name, "modules"))
+            check_module(module, where / name)
 
     check(TASKS, config.task, config.where / "task")
     check_modules(config.network.modules, config.network.where / "modules")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from losses.recall import cosine, mse
 from metamem.memory.base import Memory, Out
+from metamem.memory.context import MemoryAsContext
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
 from metamem.memory.signals import Objective
@@ -79,6 +80,18 @@ MEMORIES = {
         lambda: FastWeights(DIM, [fast(0.02), slow(8, objective=cosine, reduction="mean")], 2, hidden=[6], chunk=8)
     ),
 }
+
+
+def as_context(name: str, segment: int, persistent: int) -> Entry:
+    """Exempt from `descent`: what attention makes of a token that comes again changes as it comes."""
+    return Entry(
+        lambda: MemoryAsContext(DIM, MEMORIES[name].make(), heads=2, segment=segment, persistent=persistent),
+        exempt=frozenset({"descent"}),
+    )
+
+
+MEMORIES["context-delta"] = as_context("delta", segment=5, persistent=2)
+MEMORIES["context-titans"] = as_context("titans-like", segment=4, persistent=0)
 
 GATES: dict[str, Callable[[Entry], None]] = {}
 
@@ -416,7 +429,7 @@ def _finite(memory: Memory, x: Tensor, autocast: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         first = memory(x)
         out = memory(x, memory.detach_state(first.state))
-    loss(out).float().backward()
+    (loss(first) + loss(out)).float().backward()
     for name, tensor in {**tensors(out), "x": x.grad, **{n: p.grad for n, p in memory.named_parameters()}}.items():
         assert tensor is not None and tensor.isfinite().all(), name
 

@@ -91,6 +91,14 @@ def recurrent(inner: str = "", *overrides: str) -> Config:
     return config_of(RECURRENT + GROUPS % MEMORY_GROUP + TOKEN_LEVEL + inner + STEP_LEVEL, *overrides)
 
 
+def with_memory(memory: str, glob: str, *overrides: str) -> Config:
+    """The recurrent model with another memory, a line of YAML, whose initial weights the glob names."""
+    line = "memory: {kind: fast_weights, dim: 6, heads: 2, signal_at: token, chunk: 4}"
+    group = MEMORY_GROUP.replace("memory.init.**", glob)
+    text = RECURRENT.replace(line, f"memory: {memory}") + GROUPS % group + TOKEN_LEVEL + STEP_LEVEL
+    return config_of(text, *overrides)
+
+
 def inner_level(name: str = "stream", **settings: object) -> str:
     """A line of YAML: an inner level that moves the group `middle` every other token, as far as not said otherwise."""
     level = {

@@ -92,6 +92,17 @@ def test_check_describes_a_config(path, overrides):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("memory", MEMORIES, ids=lambda path: path.stem)
 def test_a_memory_stands_in_for_any_other_in_one_line(memory, network, tmp_path, overrides):
+    stands_in(memory, network, tmp_path, overrides)
+
+
+@pytest.mark.parametrize("block", ["context", "gate", "layer"])
+@pytest.mark.parametrize("memory", ["delta_net", "titans"])
+def test_a_memory_is_used_in_any_of_the_blocks_of_titans(memory, block, tmp_path, overrides):
+    stands_in(CONFIGS / f"memory/{memory}.yaml", f"memory_as_{block}", tmp_path, overrides)
+
+
+def stands_in(memory, network, tmp_path, overrides):
+    """The memory of a file in the network of another, trained on associative recall."""
     files = [memory, CONFIGS / "experiment/associative_recall.yaml", CONFIGS / f"network/{network}.yaml"]
     path = tmp_path / f"{memory.stem}.yaml"
     path.write_text(f"extends: {[str(file) for file in files]}\n")

@@ -4,10 +4,13 @@ from dataclasses import MISSING
 from typing import Annotated, Any, Literal
 
 import pytest
+from config_example import TEXT, error_of, load, registered
+from torch import nn
 
 from metamem.config import ConfigError, Where
 from metamem.config.convert import Range
-from metamem.registry import Registry
+from metamem.config.json_schema import json_schema
+from metamem.registry import MODULES, Registry
 
 
 class Part:
@@ -105,3 +108,98 @@ def test_functions_can_be_registered(registry: Registry[Part]) -> None:
         return Part(dim)
 
     assert registry.build("made", {}).arguments["dim"] == 2
+
+
+# Options that are modules of their own
+
+
+class Leaf(nn.Module):
+    def __init__(self, dim: int, levels: Any = ()) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError("dim is too small")
+        self.dim, self.levels = dim, levels
+
+
+class Wrapper(nn.Module):
+    def __init__(self, part: nn.Module, other: Leaf, times: int = 2) -> None:
+        super().__init__()
+        self.part, self.other = part, other
+
+
+@pytest.fixture
+def modules() -> Registry[nn.Module]:
+    registry: Registry[nn.Module] = Registry("part", key="kind", builder_args={"levels"})
+    registry.register("leaf")(Leaf)
+    registry.register("wrapper")(Wrapper)
+    return registry
+
+
+def leaf(dim: Any = 3) -> dict[str, Any]:
+    return {"kind": "leaf", "dim": dim}
+
+
+def test_a_nested_module_is_built_from_its_own_entry(modules: Registry[nn.Module]) -> None:
+    assert modules.nested("wrapper") == ["part", "other"] and modules.nested("leaf") == []
+    inner: dict[str, Any] = {"kind": "wrapper", "part": leaf(), "other": leaf(4)}
+    outer = modules.build("wrapper", {"part": inner, "other": leaf(5)}, "here", levels=[1])
+    assert [outer.part.part.dim, outer.part.other.dim, outer.other.dim] == [3, 4, 5]
+    assert outer.part.part.levels == [1]
+    assert inner["part"] == leaf(), "the options are changed"
+
+
+def test_a_builder_can_build_what_is_nested(modules: Registry[nn.Module]) -> None:
+    seen = []
+
+    def nested(name: str, entry: dict[str, Any]) -> nn.Module:
+        seen.append((name, entry))
+        return Leaf(9)
+
+    built = modules.build("wrapper", {"part": leaf(), "other": leaf(4)}, "here", nested)
+    assert seen == [("part", leaf()), ("other", leaf(4))] and built.part.dim == built.other.dim == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"other": leaf()}, "here: part: is missing: part 'wrapper' needs a mapping with a kind"),
+        ({"part": 3, "other": leaf()}, "here: part: expected a mapping, not 3"),
+        ({"part": {"dim": 3}, "other": leaf()}, "here: part.kind: is missing: name a part, such as leaf"),
+        ({"part": {"kind": "laef"}, "other": leaf()}, "here: part.kind: there is no part 'laef'; did you mean 'leaf'?"),
+        ({"part": leaf("x"), "other": leaf()}, "here: part.dim: expected an integer, not 'x'"),
+        ({"part": leaf(0), "other": leaf()}, "here: part: dim is too small"),
+        (
+            {"part": leaf(), "other": {"kind": "wrapper", "part": leaf(), "other": leaf()}},
+            "here: other.kind: 'wrapper' is no Leaf (leaf)",
+        ),
+    ],
+)
+def test_a_wrong_nested_module_is_one_line_with_its_place(
+    modules: Registry[nn.Module], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        modules.build("wrapper", options, "here")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_options_of_nested_modules_are_checked_before_anything_is_built(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    head = 'head: {kind: linear, dim_in: "${vars.dim}", dim_out: 16}'
+    graph = "{kind: network, modules: {a: {kind: linear, dim_in: 8, dim: 8}}, connections: []}"
+    with registered():
+        MODULES.register("wrapper")(Wrapper)
+        for nested, place in [("{kind: linear, dim_in: 8, dim: 8}", "part"), (graph, "part.modules.a")]:
+            text = TEXT.replace(
+                head, f"head: {{kind: wrapper, part: {nested}, other: {{kind: linear, dim_in: 8, dim_out: 8}}}}"
+            )
+            error = error_of(lambda text=text: load(text))
+            assert f"network.modules.head.{place}.dim: module kind 'linear' has no such option" in error
+
+
+def test_the_schema_of_a_nested_module_is_that_of_any() -> None:
+    with registered():
+        MODULES.register("wrapper")(Wrapper)
+        entries = json_schema()["$defs"]["Module"]["anyOf"][:-1]
+    options = next(entry["properties"] for entry in entries if entry["properties"]["kind"]["const"] == "wrapper")
+    assert {"$ref": "#/$defs/Module"} in options["part"]["anyOf"]

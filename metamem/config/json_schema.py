@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from metamem.config.convert import ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.schema import Config, NetworkConfig
-from metamem.registry import MODULES, TASKS, Registry
+from metamem.registry import MODULES, TASKS, Registry, is_module
 
 Schema = dict[str, Any]
 
@@ -112,7 +112,8 @@ def _entries(registry: Registry[Any], definitions: Schema) -> Schema:
     for name in registry:
         properties: Schema = {registry.key: {"const": name}}
         for option, (annotation, default) in registry.options(name).items():
-            properties[option] = _schema(annotation, definitions)
+            nested = is_module(annotation)
+            properties[option] = {"anyOf": [_ref("Module"), _REFERENCE]} if nested else _schema(annotation, definitions)
             if isinstance(default, bool | int | float | str | list | tuple | None):
                 properties[option] = {**properties[option], "default": default}
         if registry is MODULES and name == "network":

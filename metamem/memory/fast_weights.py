@@ -43,7 +43,7 @@ from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.module_network import ModuleNetwork
 from metamem.memory.networks import NETWORKS, MemoryNetwork, Weights
 from metamem.memory.reader import Reader
-from metamem.memory.schedule import Run, schedule
+from metamem.memory.schedule import Run, known_positions, schedule
 from metamem.memory.writer import Writer, Writes
 from metamem.state import State
 
@@ -157,7 +157,8 @@ class FastWeights(Memory):
         if not self.writing:
             state = self.init_state(x.shape[0]) if state is None else state
             return Out(*self.read(x, state), {})
-        positions = [0] if state is None else self._positions(state)
+        clocks = [self.chunk, *(level.period for level in self.levels)]
+        positions = [0] if state is None else known_positions(state["position"], clocks)
         state = self.init_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
             return Out(x.clone(), state, {"surprise": x.new_zeros(x.shape[:2])})
@@ -228,16 +229,3 @@ class FastWeights(Memory):
     def _schedule(self, positions: Sequence[int], tokens: int) -> list[Run]:
         periods = {level.name: level.period for level in self.levels if level.period > 1}
         return schedule(positions, tokens, self.chunk, periods)
-
-    def _positions(self, state: State) -> list[int]:
-        """Each row's position, one entry where all agree. A compiled graph has no host values: there a state must
-        stand at a boundary of chunks and periods, which is asserted at run time."""
-        position = state["position"]
-        if torch.compiler.is_compiling():
-            for clock in (self.chunk, *(level.period for level in self.levels)):
-                torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-                    (position % clock == 0).all(), f"compiled memory: the state must stand at a multiple of {clock}"
-                )
-            return [0]
-        positions = position.tolist()
-        return positions[:1] if len(set(positions)) == 1 else positions

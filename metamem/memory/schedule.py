@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 Rows = tuple[bool, ...]  # which rows of the batch; () for all of them
 
 
@@ -60,6 +64,19 @@ def schedule(positions: Sequence[int], time: int, chunk: int, periods: Mapping[s
             runs.append([])
         runs[-1].append(segment)
     return [Run(run[0].start, run[0].length, tuple(run)) for run in runs]
+
+
+def known_positions(position: Int[Tensor, "batch"], clocks: Sequence[int]) -> list[int]:
+    """Each row's position, one entry where all agree. A compiled graph has no host values: there a state must stand at
+    a boundary of all clocks, which is asserted at run time."""
+    if torch.compiler.is_compiling():
+        for clock in clocks:
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+                (position % clock == 0).all(), f"compiled memory: the state must stand at a multiple of {clock}"
+            )
+        return [0]
+    positions = position.tolist()
+    return positions[:1] if len(set(positions)) == 1 else positions
 
 
 def _rows(positions: Sequence[int], clock: int) -> Rows | None:
