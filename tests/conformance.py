@@ -20,12 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from losses.recall import cosine, mse
+from losses.recall import cosine, dot_product, mse
+from metamem.config.schema import ConnectionConfig
 from metamem.memory.base import Memory, Out
 from metamem.memory.context import MemoryAsContext
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
 from metamem.memory.signals import Objective
+from metamem.network import Network
 from metamem.state import State, flatten, leaves, load_state, save_state, state_bytes
 
 DIM, TIME = 8, 13  # TIME: three chunks of four and one token of a fourth
@@ -56,6 +58,19 @@ def slow(period: int, objective: Objective = mse, **settings) -> TokenLevel:
     return TokenLevel("slow", {objective: 1.0}, period=period, lr_max=0.1, **settings)
 
 
+def only(objective: Objective, **settings) -> TokenLevel:
+    return TokenLevel("only", {objective: 1.0}, **settings)
+
+
+def chain(*periods: int) -> Network:
+    """Memories one after the other; as a network, it has no write or read alone, nor one objective that descends."""
+    memories = [FastWeights(DIM, [slow(period)], 2, hidden=[6], chunk=period) for period in periods]
+    names = [f"every{period}" for period in periods]
+    ends = zip(["in", *names], [*names, "out"], strict=True)
+    connections = [ConnectionConfig(source=[source], to=to) for source, to in ends]
+    return Network(dict(zip(names, memories, strict=True)), connections)
+
+
 LEARNED = {"momentum": "learned", "forget": "learned"}
 MEMORIES = {
     "delta": Entry(lambda: FastWeights(DIM, [fast()], heads=2, chunk=4, signal_at="token")),
@@ -79,6 +94,49 @@ MEMORIES = {
     "two-objectives": Entry(
         lambda: FastWeights(DIM, [fast(0.02), slow(8, objective=cosine, reduction="mean")], 2, hidden=[6], chunk=8)
     ),
+    "hebbian": Entry(
+        lambda: FastWeights(
+            DIM, [only(dot_product, signal="hebbian", lr=1.0)], 2, feature_map="elu", signal_at="token", chunk=4
+        )
+    ),
+    "delta-product": Entry(
+        lambda: FastWeights(
+            DIM,
+            [fast(forget="learned", forget_to="zero")],
+            2,
+            writers=2,
+            writes="in_turn",
+            signal_at="decayed",
+            chunk=4,
+        )
+    ),
+    "predicted-targets": Entry(  # a step towards what each layer predicts, not down the objective
+        lambda: FastWeights(DIM, [fast(0.05, signal="predicted_targets", **LEARNED)], 2, hidden=[6], chunk=4),
+        exempt=frozenset({"descent"}),
+    ),
+    "ttt-mlp": Entry(
+        lambda: FastWeights(
+            DIM, [fast(0.02)], 2, expansion=[2], activation="gelu", bias=True, residual_norm=True, chunk=4
+        )
+    ),
+    "lact": Entry(
+        lambda: FastWeights(
+            DIM,
+            [only(dot_product, period=4, transform="muon", weight_norm=True)],
+            2,
+            network="swiglu",
+            expansion=[2],
+            feature_map="silu_unit",
+            chunk=4,
+        )
+    ),
+    "atlas": Entry(
+        lambda: FastWeights(
+            DIM, [only(mse, period=4, window=7, transform="muon", step=0.1, **LEARNED)], 2, expansion=[2], chunk=4
+        )
+    ),
+    "omega": Entry(lambda: FastWeights(DIM, [fast(0.02, window=6, **LEARNED)], 2, expansion=[2], chunk=4)),
+    "cms": Entry(lambda: chain(4, 8), exempt=frozenset({"descent", "write_then_read"})),
 }
 
 
