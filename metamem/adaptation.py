@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from metamem.config import Config, UserError, resolve_objectives
 from metamem.hierarchy import InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
-from metamem.memory.fast_weights import FastWeights
+from metamem.memory.base import Memory
 from metamem.network import Network
 from metamem.state import State, check_like, load_state, save_state, state_bytes, tree_map
 
@@ -187,7 +187,7 @@ class Session:
 @contextmanager
 def writing(model: Network, on: bool) -> Iterator[None]:
     """Within it, the model's memories write or, switched off, only read."""
-    memories = [module for module in model.modules() if isinstance(module, FastWeights)]
+    memories = [module for module in model.modules() if isinstance(module, Memory)]
     before = [memory.writing for memory in memories]
     for memory in memories:
         memory.writing = memory.writing and on

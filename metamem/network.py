@@ -25,10 +25,12 @@ from metamem.memory import context, persistent_tokens  # noqa: F401  (they regis
 from metamem.memory.base import Out
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
+from metamem.memory.mnm import MNM
 from metamem.registry import MODULES
 from metamem.state import State, Stateful
 
 MODULES.register("fast_weights")(FastWeights)
+MODULES.register("mnm")(MNM)
 
 TAKEN = ("training", "names", "steps", "dim_in", "dim_out", "inner_rates")  # names of a Network's own attributes
 

@@ -26,7 +26,8 @@ from metamem.memory.base import Memory, Out
 from metamem.memory.context import MemoryAsContext
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
-from metamem.memory.signals import Objective
+from metamem.memory.mnm import MNM
+from metamem.memory.signals import Objective, Signal
 from metamem.network import Network
 from metamem.state import State, flatten, leaves, load_state, save_state, state_bytes
 
@@ -71,6 +72,12 @@ def chain(*periods: int) -> Network:
     return Network(dict(zip(names, memories, strict=True)), connections)
 
 
+def mnm(signal: Signal) -> MNM:
+    return MNM(DIM, [fast(signal=signal)], hidden=6, width=5, heads=2)
+
+
+# A token moves MNM's controller: the same token is another key the next time, and a read after a write a step more.
+MNM_EXEMPT = frozenset({"descent", "write_then_read"})
 LEARNED = {"momentum": "learned", "forget": "learned"}
 MEMORIES = {
     "delta": Entry(lambda: FastWeights(DIM, [fast()], heads=2, chunk=4, signal_at="token")),
@@ -137,6 +144,8 @@ MEMORIES = {
     ),
     "omega": Entry(lambda: FastWeights(DIM, [fast(0.02, window=6, **LEARNED)], 2, expansion=[2], chunk=4)),
     "cms": Entry(lambda: chain(4, 8), exempt=frozenset({"descent", "write_then_read"})),
+    "mnm-g": Entry(lambda: mnm("backprop"), MNM_EXEMPT),
+    "mnm-p": Entry(lambda: mnm("predicted_targets"), MNM_EXEMPT),
 }
 
 

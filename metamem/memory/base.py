@@ -21,7 +21,11 @@ class Memory(Stateful):
     """`forward(x, state) -> (y, state, aux)`, x: [batch, time, dim].
 
     Every memory passes the conformance suite (tests/conformance.py): it joins by one line in its table.
+
+    - `writing`   switched off, a forward only reads (`metamem.adaptation.writing`)
     """
+
+    writing: bool = True
 
     def write(self, x: Tensor, state: State) -> State:
         """The state after x was written."""

@@ -115,7 +115,6 @@ class FastWeights(Memory):
         self.signal_at: SignalAt = signal_at
         self.readers, self.in_turn = readers, writes == "in_turn"
         self.levels = tuple(levels)
-        self.writing = True  # switched off, a forward only reads (`metamem.adaptation.writing`)
         dims = (d_key, *hidden, d_value)
         check(network, dims, activation, residual_norm, bias, self.levels, chunk, signal_at, writes)
         self.network: MemoryNetwork = (

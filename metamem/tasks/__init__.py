@@ -13,12 +13,14 @@ A target of `IGNORE` (−100) is not asked: losses are means over the positions 
 
 from metamem.targets import IGNORE, accuracy
 from metamem.tasks.associative_recall import AssociativeRecall
+from metamem.tasks.dictionary import Dictionary
 from metamem.tasks.english import English
 from metamem.tasks.text import TaskError, load_text, respell, sample_windows, split_text, to_bytes
 
 __all__ = [
     "IGNORE",
     "AssociativeRecall",
+    "Dictionary",
     "English",
     "TaskError",
     "accuracy",
