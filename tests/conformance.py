@@ -36,10 +36,12 @@ DIM, TIME = 8, 13  # TIME: three chunks of four and one token of a fourth
 
 @dataclass(frozen=True)
 class Entry:
-    """A memory of the suite; `exempt`: the gates that it documents not to pass."""
+    """A memory of the suite; `exempt`: the gates that it documents not to pass; `examples`: how many of the splits and
+    resets of a law are tried."""
 
     make: Callable[[], Memory]
     exempt: frozenset[str] = frozenset()
+    examples: int = 8
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Memory:
         """The memory with random slow weights: gates that start at zero would hide what depends on them."""
@@ -294,7 +296,7 @@ def streaming_law(entry: Entry) -> None:
     out = memory(x)
     expected, slopes = tensors(out), gradients(memory, x, out)
 
-    @settings(max_examples=8)
+    @settings(max_examples=entry.examples)
     @given(cuts=CUTS)
     def law(cuts: set[int]) -> None:
         pieces = stream(memory, x, cuts)
@@ -319,7 +321,7 @@ def reset_of_rows(entry: Entry) -> None:
     memory = entry.build()
     x = tokens(3).requires_grad_()
 
-    @settings(max_examples=6)
+    @settings(max_examples=entry.examples)
     @given(at=st.integers(1, TIME - 1), rows=st.lists(st.booleans(), min_size=3, max_size=3), cuts=CUTS)
     def law(at: int, rows: list[bool], cuts: set[int]) -> None:
         chosen = torch.tensor(rows)

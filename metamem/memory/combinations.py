@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from metamem.memory import delta_rule
 from metamem.memory.level import SignalAt, TokenLevel
@@ -19,8 +19,10 @@ def check(
     chunk: int,
     signal_at: SignalAt,
     writes: str,
+    widths: str = "hidden",
 ) -> None:
-    """Raises ValueError, with the nearest valid setting, where settings exclude each other."""
+    """Raises ValueError, with the nearest valid setting, where settings exclude each other. `widths`: the setting that
+    gives the widths between the first and the last of `dims`."""
     if not levels:
         raise ValueError("a fast-weight memory needs at least one level with clock 'token' that names its group")
     if network not in NETWORKS and "." not in network:
@@ -32,42 +34,55 @@ def check(
     if activation not in ACTIVATIONS:
         raise ValueError(f"there is no activation {activation!r} ({', '.join(ACTIVATIONS)})")
     if network == "swiglu" and len(dims) != 3:
-        raise ValueError(f"swiglu has one hidden width, not {len(dims) - 2}; set hidden, or expansion, to one number")
+        width = dims[1] if len(dims) > 2 else 2 * dims[0]
+        raise ValueError(
+            f"swiglu has one hidden width, not {len(dims) - 2}; "
+            f"set {widths} to [{width if widths == 'hidden' else width / dims[0]:g}], or network to mlp"
+        )
     if residual_norm and dims[0] != dims[-1]:
         raise ValueError(
-            f"residual_norm adds the key to what is recalled: d_key {dims[0]} and d_value {dims[-1]} differ"
+            f"residual_norm adds the key to what is recalled, and d_key {dims[0]} and d_value {dims[-1]} differ; "
+            f"set d_value to {dims[0]}, or residual_norm to false"
         )
     names = [level.name for level in levels]
     if len(set(names)) < len(names):
         raise ValueError(f"levels need different names: {names}")
-    linear = network in NETWORKS and len(dims) == 2 and not residual_norm
     if network not in NETWORKS:
-        _check_module(network, dims, residual_norm, bias, levels)
+        _check_module(network, {widths: len(dims) > 2, "residual_norm": residual_norm, "bias": bias}, levels)
+    to_linear = _to_be_linear(network, dims, residual_norm, widths)
     for level in levels:
         _check_period(level, chunk)
         _check_window(level, chunk, signal_at)
-        if level.signal == "hebbian" and not linear:
+        if level.signal == "hebbian" and to_linear:
             raise ValueError(
                 f"level {level.name!r}: a hebbian signal, the value itself, has no place in a hidden layer or before a "
-                f"norm; use predicted_targets, or set hidden to [] and residual_norm to false"
+                f"norm; set signal to 'predicted_targets', or {to_linear}"
             )
     if signal_at != "chunk":
-        _check_token_signals(linear, levels, chunk, signal_at)
+        _check_token_signals(to_linear, levels, chunk, signal_at)
     if writes == "in_turn":
-        _check_in_turn(levels, signal_at)
+        _check_in_turn(to_linear, levels, signal_at)
 
 
-def _check_module(
-    network: str, dims: Sequence[int], residual_norm: bool, bias: bool, levels: Sequence[TokenLevel]
-) -> None:
-    for setting, given in (("hidden", len(dims) > 2), ("residual_norm", residual_norm), ("bias", bias)):
+def _to_be_linear(network: str, dims: Sequence[int], residual_norm: bool, widths: str) -> str:
+    """What to set so that a memory is linear; nothing where it is."""
+    needed = {"network": ("mlp", network != "mlp"), widths: ("[]", len(dims) > 2)}
+    needed["residual_norm"] = ("false", residual_norm)
+    return " and ".join(f"{key} to {value}" for key, (value, given) in needed.items() if given)
+
+
+def _check_module(network: str, settings: Mapping[str, bool], levels: Sequence[TokenLevel]) -> None:
+    for setting, given in settings.items():
         if given:
-            raise ValueError(f"{setting} is for {' and '.join(NETWORKS)}: {network} is what it is; leave {setting} out")
+            none = "[]" if setting in ("hidden", "expansion") else "false"
+            raise ValueError(
+                f"{setting} is for {' and '.join(NETWORKS)}, and {network} is what it is; set {setting} to {none}"
+            )
     for level in levels:
         if level.signal != "backprop":
             raise ValueError(
                 f"level {level.name!r}: {level.signal} needs the layers of a network, and {network} is a module of "
-                f"your own; set signal to 'backprop', or network to {' or '.join(NETWORKS)}"
+                f"your own; set signal to 'backprop', or network to mlp"
             )
 
 
@@ -75,8 +90,14 @@ def _check_period(level: TokenLevel, chunk: int) -> None:
     if level.period > 1 and level.period % chunk and chunk % level.period:
         raise ValueError(
             f"level {level.name!r}: period {level.period} and chunk {chunk} do not divide one another; "
-            f"the nearest period that does is {max(1, round(level.period / chunk)) * chunk}"
+            f"set period to {_nearest_period(level.period, chunk)}"
         )
+
+
+def _nearest_period(period: int, chunk: int) -> int:
+    parts = [part for part in range(2, chunk) if chunk % part == 0]
+    multiples = [chunk * max(1, period // chunk), chunk * (period // chunk + 1)]
+    return min([*parts, *multiples], key=lambda valid: (abs(valid - period), -valid))
 
 
 def _check_window(level: TokenLevel, chunk: int, signal_at: SignalAt) -> None:
@@ -89,36 +110,51 @@ def _check_window(level: TokenLevel, chunk: int, signal_at: SignalAt) -> None:
         )
     if level.period not in (1, chunk):
         raise ValueError(
-            f"level {level.name!r}: with a window of {level.window}, the period must be 1 or the chunk, {chunk}, "
-            f"not {level.period}"
+            f"level {level.name!r}: a window of {level.window} goes with a period of 1 or of the chunk, {chunk}, "
+            f"not {level.period}; set period to {chunk}, or window to 1"
+        )
+    if level.window < level.period:
+        raise ValueError(
+            f"level {level.name!r}: a window of {level.window} tokens would leave out some of each period of "
+            f"{level.period}; set window to {level.period}, or window to 1"
         )
 
 
-def _check_token_signals(linear: bool, levels: Sequence[TokenLevel], chunk: int, signal_at: SignalAt) -> None:
-    if not linear:
+def _check_token_signals(to_linear: str, levels: Sequence[TokenLevel], chunk: int, signal_at: SignalAt) -> None:
+    if to_linear:
         if signal_at == "decayed":
             raise ValueError(
-                "signal_at 'decayed' is solved for linear memories; set it to 'token' with chunk 1, or hidden to []"
+                f"signal_at 'decayed' is solved for linear memories; "
+                f"set signal_at to 'token' and chunk to 1, or {to_linear}"
             )
         if chunk > 1:
             raise ValueError(
-                "signal_at 'token' with a network that is not linear cannot run in parallel; "
-                "set chunk to 1, signal_at to 'chunk', or hidden to [] and residual_norm to false"
+                f"signal_at 'token' with a network that is not linear cannot run in parallel; "
+                f"set chunk to 1, or signal_at to 'chunk', or {to_linear}"
             )
         return
     delta_rule.check(levels)
 
 
-def _check_in_turn(levels: Sequence[TokenLevel], signal_at: SignalAt) -> None:
+def _check_in_turn(to_linear: str, levels: Sequence[TokenLevel], signal_at: SignalAt) -> None:
+    if to_linear:
+        raise ValueError(f"writes 'in_turn' are solved for linear memories; set writes to 'together', or {to_linear}")
     if signal_at == "chunk":
-        raise ValueError("writes 'in_turn' see one another, and signals of a chunk see none; set signal_at to 'token'")
+        exact = "decayed" if any(level.period == 1 and level.forgets for level in levels) else "token"
+        raise ValueError(
+            f"writes 'in_turn' see one another, and signals of a chunk see none; "
+            f"set signal_at to '{exact}', or writes to 'together'"
+        )
     for level in levels:
+        if level.period > 1:  # moves between tokens, never between the writes of one
+            continue
         if level.has_momentum:
             raise ValueError(
-                f"level {level.name!r}: writes 'in_turn' and momentum exclude each other; set momentum to 0"
+                f"level {level.name!r}: writes 'in_turn' and momentum exclude each other; set momentum to 0, "
+                f"or writes to 'together'"
             )
         if level.forgets and signal_at != "decayed":
             raise ValueError(
                 f"level {level.name!r}: of writes 'in_turn' all but the first come after the token's decay; "
-                f"set signal_at to 'decayed', so that all do"
+                f"set signal_at to 'decayed', or writes to 'together'"
             )

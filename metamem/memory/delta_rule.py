@@ -91,7 +91,7 @@ def check(levels: Sequence[TokenLevel]) -> None:
         kinds = ", ".join(f"{level.name}: {level.signal}" for level in levels)
         raise ValueError(
             f"token signals are solved for all levels at once, so theirs must be of one kind ({kinds}); "
-            f"give them one, or set signal_at to 'chunk'"
+            f"set signal_at to 'chunk', or one signal for all"
         )
     probe = torch.linspace(-1.0, 2.0, 12).reshape(2, 6)
     for level in levels:
@@ -100,7 +100,7 @@ def check(levels: Sequence[TokenLevel]) -> None:
                 raise ValueError(
                     f"level {level.name!r}: signal_at 'token' solves for a squared error, and the gradient of "
                     f"{objective.__module__}.{objective.__name__} is not pred - target; "
-                    f"use losses.recall.mse, or set signal_at to 'chunk'"
+                    f"set objective to {{losses.recall.mse: 1.0}}, or signal_at to 'chunk'"
                 )
 
 

@@ -108,7 +108,10 @@ class FastWeights(Memory):
         super().__init__()
         d_key, d_value = d_key or dim // heads, d_value or dim // heads
         if hidden and expansion:
-            raise ValueError(f"hidden {list(hidden)} and expansion {list(expansion)} say the same thing; give one")
+            raise ValueError(
+                f"hidden {list(hidden)} and expansion {list(expansion)} say the same thing; set expansion to []"
+            )
+        widths = "expansion" if expansion else "hidden"
         hidden = hidden or [round(share * d_key) for share in expansion]
         self.dim, self.heads, self.chunk, self.executor = dim, heads, chunk, executor
         self.dim_in = self.dim_out = dim
@@ -116,7 +119,7 @@ class FastWeights(Memory):
         self.readers, self.in_turn = readers, writes == "in_turn"
         self.levels = tuple(levels)
         dims = (d_key, *hidden, d_value)
-        check(network, dims, activation, residual_norm, bias, self.levels, chunk, signal_at, writes)
+        check(network, dims, activation, residual_norm, bias, self.levels, chunk, signal_at, writes, widths)
         self.network: MemoryNetwork = (
             NETWORKS[network](dims, activation, bias) if network in NETWORKS else ModuleNetwork(network, d_key, d_value)
         )

@@ -84,30 +84,29 @@ class TokenLevel:
         self._check_boundary()
 
     def _check_boundary(self) -> None:
-        for setting, given in (
-            ("transform", self.transform != "none"),
-            ("retention", bool(self.retention)),
-            ("weight_norm", self.weight_norm),
+        for setting, given, none in (
+            ("transform", self.transform != "none", "none" if self.step == 1 else "none and step to 1"),
+            ("retention", bool(self.retention), "{}"),
+            ("weight_norm", self.weight_norm, "false"),
         ):
             if given and self.period == 1:
                 raise ValueError(
                     f"level {self.name!r}: {setting} acts on whole matrices, at the boundary of a period, and a level "
-                    f"of period 1 never builds them; set period to the memory's chunk, or leave {setting} out"
+                    f"of period 1 never builds them; set period to the memory's chunk or a multiple of it, "
+                    f"or {setting} to {none}"
                 )
         if self.transform == "none" and self.step != 1:
-            raise ValueError(f"level {self.name!r}: step is the size of a transformed step; without one, set lr")
-        if self.transform in SCALE_FREE and self.lr not in ("learned", 1.0):
+            raise ValueError(
+                f"level {self.name!r}: step is the size of a transformed step, and without a transform lr is its size; "
+                f"set step to 1"
+            )
+        if self.transform in SCALE_FREE and self.lr not in ("learned", 0.0, 1.0):  # 0 writes nothing
             raise ValueError(
                 f"level {self.name!r}: {self.transform} gives steps of a size of its own, so that lr {self.lr} would "
-                f"change nothing; set step to {self.lr} and lr to 1, or to 'learned' to weigh the tokens"
+                f"change nothing; set step to {self.lr} and lr to 1, or lr to 'learned'"
             )
         if self.transform == "adam" and self.has_momentum:
             raise ValueError(f"level {self.name!r}: adam has a momentum of its own; set momentum to 0")
-        if self.window > 1 and self.window < self.period:
-            raise ValueError(
-                f"level {self.name!r}: a window of {self.window} tokens would leave out some of each period of "
-                f"{self.period}; make it at least {self.period}, or 1"
-            )
 
     @property
     def has_momentum(self) -> bool:
