@@ -7,12 +7,11 @@ larger sets, that do not.
 
 import itertools
 import random
-import re
 
 import pytest
 import torch
-import yaml
 from conformance import DIM, GATES, TIME, Entry, close, gradients, tensors, tokens
+from refusals import advice
 
 from losses import recall, retention
 from metamem.memory.fast_weights import FastWeights
@@ -160,20 +159,6 @@ def refusal(settings):
     return None
 
 
-def advice(reason):
-    """The alternatives that a refusal names, each a dict of settings: `…; set K to V and K to V, or K to V`."""
-    found = []
-    for alternative in reason.rpartition("; set ")[2].split(", or "):
-        pairs = [re.fullmatch(r"(\w+) to (.+)", part) for part in alternative.split(" and ")]
-        if all(pairs):
-            found.append({pair[1]: from_yaml(pair[2]) for pair in pairs})
-    return found
-
-
-def from_yaml(text):
-    return CHUNK if text.startswith("the memory's chunk") else yaml.safe_load(text)
-
-
 # The cover
 
 
@@ -297,8 +282,8 @@ def test_what_is_refused_names_the_nearest_setting_and_that_is_accepted(case):
     settings = REFUSED[case]
     reason = refusal(settings)
     assert reason, "accepted"
-    assert advice(reason), reason
-    for change in advice(reason):
+    assert advice(reason, CHUNK), reason
+    for change in advice(reason, CHUNK):
         assert settings.keys() >= change.keys()
         assert refusal({**settings, **change}) is None, (reason, change)
 
@@ -311,6 +296,6 @@ def test_any_combination_is_accepted_or_leads_to_one_that_is():
         settings, reasons = of(values), [refusal(of(values))]
         assert bool(reasons[0]) == bool(excluded(values)), (values, reasons)
         while reasons[-1] and len(reasons) < 20:
-            settings |= generator.choice(advice(reasons[-1]))
+            settings |= generator.choice(advice(reasons[-1], CHUNK))
             reasons.append(refusal(settings))
         assert reasons[-1] is None, reasons

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from metamem.config.schema import Config, LevelConfig, to_dict
+from metamem.config.schema import Config, LevelConfig, RuleConfig, to_dict
 
 
 def network_tree(model: Any, name: str = "network") -> Tree:
@@ -77,14 +77,24 @@ def hierarchy_table(config: Config, owned: Mapping[str, list[str]], sizes: Mappi
 
 
 def _rule(level: LevelConfig) -> str:
-    rule = level.rule or level.optimizer
-    settings = {key: value for key, value in to_dict(rule).items() if value not in (0.0, None)}
-    first = settings.pop("signal", None) or settings.pop("name", None)
-    if first in ("sgd", "adam", "adamw"):
-        settings.pop("betas" if first == "sgd" else "momentum", None)
+    """The signal and the rate of a token level, and what of its rule is not the default; or the optimizer."""
+    if level.rule is not None:
+        settings, default = to_dict(level.rule), to_dict(RuleConfig())
+        signal = settings.pop("signal")
+        shown = {key: value for key, value in settings.items() if key == "lr" or value != default[key]}
+        return "\n".join([signal, *(_setting(key, value) for key, value in shown.items())])
+    settings = {key: value for key, value in to_dict(level.optimizer).items() if value not in (0.0, None)}
+    name = settings.pop("name")
+    settings.pop("betas" if name == "sgd" else "momentum", None)
     if level.unroll is not None:
         settings["unroll"] = level.unroll
-    return "\n".join([str(first), *(f"{key} {value}" for key, value in settings.items())])
+    return "\n".join([name, *(_setting(key, value) for key, value in settings.items())])
+
+
+def _setting(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join([key, *(f"{weight:g} × {path}" for path, weight in value.items())])
+    return key if value is True else f"{key} {value}"
 
 
 def _summary(names: list[str], every: Collection[str], most: int = 12) -> str:
