@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +11,8 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-Curves = Mapping[str, np.ndarray]  # method -> bits per token, [seeds, tokens]
+Curves = Mapping[str, np.ndarray]  # method -> values, [seeds, tokens or settings]
+MARKERS = "os^vDPX<>*hd"
 
 
 def stream_figure(streams: Mapping[str, Curves], path: Path, title: str, window: int = 8192) -> None:
@@ -35,6 +36,43 @@ def stream_figure(streams: Mapping[str, Curves], path: Path, title: str, window:
     figure.suptitle(title)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def accuracy_figure(
+    panels: Mapping[str, Curves],
+    at: Sequence[int],
+    path: Path,
+    title: str,
+    label: str,
+    apart: Collection[str] = (),
+) -> None:
+    """Accuracy over a number on a logarithmic axis, a panel a setting, a line a method ([seeds, numbers]), with a band
+    of ± one standard deviation over seeds; the methods `apart` are black and dashed."""
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(6 * len(panels), 5.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    colors = pyplot.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
+    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+        for index, (method, values) in enumerate(curves.items()):
+            mean, spread = values.mean(0), values.std(0)
+            style = {"color": "black", "linestyle": "--"} if method in apart else {"color": colors[index % 20]}
+            axis.plot(
+                at, mean, label=method, marker=MARKERS[index % len(MARKERS)], linewidth=1.6, markersize=6, **style
+            )
+            if len(values) > 1:
+                axis.fill_between(at, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(at, [str(number) for number in at])
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_title(name)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("accuracy")
+    figure.suptitle(title)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -1,0 +1,216 @@
+"""Associative recall: how many pairs does each memory remember, at which width?
+
+Multi-query associative recall (Zoology, Arora et al. 2023) with every memory of configs/memory in turn, causal
+attention and an LSTM among them, in one network of two blocks (configs/experiment/associative_recall.yaml): a cell is a
+memory, a width (of the model and of its one head's keys) and a seed, trained on sequences of 4 to 32 pairs in a process
+of its own. Accuracy is on sequences never trained on, for each number of pairs, and for twice as many as were trained.
+
+All cells train alike: as many sequences, one rate. A memory that learns late is told by its number here, not excused.
+A cell that is done is a line of cells.jsonl; `--resume FOLDER` takes the lines of an earlier run over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from metamem import UserError, build_task, load_config, train
+from metamem.analysis import Claim, Study, accuracy_figure, open_study
+from metamem.state import state_bytes
+from metamem.tasks import AssociativeRecall
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+WIDTHS = (32, 64)
+WITHOUT = ("attention", "lstm")  # no fast weights: what memories are measured against
+EXACT = ("delta_net", "gated_delta_net", "momentum_delta")  # each token's error at its own weights
+# A sequence has 128 tokens: a memory that is read before its chunk is written needs shorter ones than it ships with.
+OVERRIDES = {"lact": ("vars.chunk=16",)}
+SMOKE = ("training.steps=2", "training.batch=2", "task.examples=8")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to train: which memory, how wide, which seed, and what else differs from the shipped config."""
+
+    memory: str
+    width: int
+    seed: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its run's name."""
+        return f"{self.memory}-{self.width}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell gave: accuracy per number of pairs, those beyond training last; `failed` says why there is none."""
+
+    cell: Cell
+    accuracy: dict[int, float]
+    parameters: int = 0
+    state_bytes: int = 0
+    tokens_per_second: float = math.nan
+    seconds: float = 0.0
+    failed: str = ""
+
+
+def config_file(cell: Cell, folder: Path) -> Path:
+    """The config of a cell: a memory swapped in by one line."""
+    path = folder / "configs" / f"{cell.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [CONFIGS / "memory" / f"{cell.memory}.yaml", CONFIGS / "experiment" / "associative_recall.yaml"]
+    lines = "".join(f"  - {os.path.relpath(file, path.parent)}\n" for file in files)
+    path.write_text(f"extends:\n{lines}vars: {{dim: {cell.width}}}\nseed: {cell.seed}\n")
+    return path
+
+
+def run_cell(cell: Cell, folder: Path) -> Result:
+    """Trains and evaluates a cell, in its own process, on one thread."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    config = load_config(config_file(cell, folder), cell.overrides)
+    task: AssociativeRecall = build_task(config)
+    try:
+        trained = train(config, folder, task=task)
+    except UserError as error:
+        return Result(cell, {}, failed=str(error), seconds=time.perf_counter() - started)
+    model = trained.model.eval()
+    length, most = config.training.length, max(task.pairs)
+    beyond = AssociativeRecall(pairs=2 * most, vocabulary=task.vocabulary, examples=task.examples)
+    with torch.no_grad():
+        found = task.evaluate(lambda inputs, targets: model(inputs).y, length)
+        found |= beyond.evaluate(lambda inputs, targets: model(inputs).y, 2 * length)
+        state = model(beyond.evaluation(2 * most, 2 * length)[0][:1]).state
+    accuracy = {int(name.rpartition("-")[2]): value for name, value in found.items()}
+    tokens = config.training.steps * config.training.batch * length
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    seconds = time.perf_counter() - started
+    return Result(cell, accuracy, parameters, state_bytes(state), tokens / trained.seconds, seconds)
+
+
+def read_cells(path: Path) -> list[Result]:
+    """The cells that are done, from their JSON lines; a line cut short by the end of a run is left out."""
+    results = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        cell = Cell(**{**row["cell"], "overrides": tuple(row["cell"]["overrides"])})
+        accuracy = {int(pairs): value for pairs, value in row["accuracy"].items()}
+        results.append(Result(**{**row, "cell": cell, "accuracy": accuracy}))
+    return results
+
+
+def run_all(study: Study, cells: Sequence[Cell]) -> dict[Cell, Result]:
+    """The results of all cells: those of a run that this one resumes, and the others, each written when it is done."""
+    earlier: Path | None = study.options.resume
+    found = {result.cell: result for result in (read_cells(earlier / "cells.jsonl") if earlier else [])}
+    done = {cell: found[cell] for cell in cells if cell in found}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        (study.folder / "cells.jsonl").open("a", buffering=1) as file,
+        ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool,
+        Progress(*columns, console=Console(stderr=True)) as bar,
+    ):
+        file.writelines(json.dumps(asdict(result)) + "\n" for result in done.values())
+        task = bar.add_task("cells", total=len(cells), completed=len(done))
+        futures = [pool.submit(run_cell, cell, study.folder) for cell in cells if cell not in done]
+        for future in as_completed(futures):
+            result = future.result()
+            file.write(json.dumps(asdict(result)) + "\n")
+            done[result.cell] = result
+            bar.advance(task)
+    return done
+
+
+def report(study: Study, results: dict[Cell, Result], memories: Sequence[str], widths: Sequence[int]) -> list[Claim]:
+    """Prints the table, draws the figure, and gives what is claimed."""
+    numbers = sorted({pairs for result in results.values() for pairs in result.accuracy})
+
+    def accuracy(memory: str, width: int, pairs: int) -> np.ndarray:
+        own = [results[cell] for cell in results if (cell.memory, cell.width) == (memory, width)]
+        return np.array([result.accuracy.get(pairs, math.nan) for result in own])
+
+    for width in widths:
+        rows = []
+        for memory in memories:
+            of = [result for cell, result in results.items() if (cell.memory, cell.width) == (memory, width)]
+            cells = []
+            for pairs in numbers:
+                values = accuracy(memory, width, pairs)
+                study.add(f"{memory}, width {width}, {pairs} pairs", float(values.mean()), "accuracy")
+                cells.append(f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""))
+            for result in of:
+                if result.failed:
+                    print(f"{result.cell.name} failed: {result.failed}")
+            rate = np.mean([result.tokens_per_second for result in of])
+            study.add(f"{memory}, width {width}, training", float(rate), "tokens/s")
+            size = f"{of[0].parameters:,}", f"{of[0].state_bytes:,}", f"{rate:,.0f}"
+            rows.append([memory, *cells, *size])
+        headings = ["", *(f"{pairs} pairs" for pairs in numbers), "parameters", "state, bytes", "tokens/s"]
+        headings[len(numbers)] += " (not trained)"
+        study.table(f"Accuracy, width {width}", headings, rows)
+
+    panels = {
+        f"width {width}": {
+            memory: np.stack([accuracy(memory, width, pairs) for pairs in numbers], 1) for memory in memories
+        }
+        for width in widths
+    }
+    title = "Associative recall: the share of queries answered right"
+    accuracy_figure(panels, numbers, study.folder / "recall.png", title, "pairs in the sequence", apart=WITHOUT)
+
+    trained, claims = numbers[:-1], []
+    for memory in EXACT:
+        for width in widths:
+            few = [accuracy(memory, width, pairs).mean() for pairs in trained if 4 * pairs <= width]
+            claims.append(Claim(f"{memory}, width {width}, pairs ≤ width/4: accuracy", float(np.min(few)), 0.9))
+    most, width = trained[-1], widths[-1]
+    gain = accuracy("delta_net", width, most).mean() - accuracy("hebbian", width, most).mean()
+    claims.append(Claim(f"delta_net over hebbian, {most} pairs", float(gain), 0.1))
+    return claims
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The study's own options."""
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="take over the cells of an earlier run's folder")
+    parser.add_argument("--memories", nargs="+", metavar="NAME", help="only these, and those that the verdict needs")
+
+
+def main() -> int:
+    """Runs the cells, reports; the exit code is the verdict's."""
+    shipped = sorted(path.stem for path in (CONFIGS / "memory").glob("*.yaml"))
+    study = open_study("associative_recall", "How many pairs does each memory remember?", options=options)
+    memories = [*(name for name in shipped if name not in WITHOUT), *WITHOUT]
+    if study.options.memories:
+        memories = [name for name in memories if name in {*study.options.memories, *EXACT, "hebbian"}]
+    widths = (16,) if study.smoke else WIDTHS
+    more = SMOKE if study.smoke else ()
+    cells = [
+        Cell(memory, width, seed, (*OVERRIDES.get(memory, ()), *more))
+        for width in sorted(widths, reverse=True)  # what takes longest comes first
+        for memory in memories
+        for seed in study.seeds
+    ]
+    return study.verdict(report(study, run_all(study, cells), memories, widths))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
