@@ -1,5 +1,6 @@
 """What the documents say runs: Python blocks are executed, commands exist with the options that they are given."""
 
+import inspect
 import os
 import re
 import shlex
@@ -11,6 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 import metamem.cli as cli
+from metamem.config.convert import schema_fields
+from metamem.config.schema import RuleConfig
+from metamem.memory.fast_weights import FastWeights
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -57,3 +61,16 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_tests_that_documents_name_exist():
+    for document in DOCUMENTS:
+        for path, name in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", document.read_text()):
+            assert (ROOT / path).exists(), f"{document.name}: {path}"
+            assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{document.name}: {path}::{name}"
+
+
+def test_the_engine_explains_every_setting():
+    explained = (ROOT / "docs/engine.md").read_text()
+    settings = {*inspect.signature(FastWeights).parameters, *(field.name for field in schema_fields(RuleConfig))}
+    assert [name for name in sorted(settings - {"levels"}) if not re.search(rf"`{name}\b", explained)] == []
