@@ -12,6 +12,7 @@ from conformance import close, gradients, loss, stream, tensors
 from torch.func import functional_call
 
 from losses.recall import cosine, mse
+from metamem.memory import decay
 from metamem.memory.base import Out
 from metamem.memory.decay import decay_add
 from metamem.memory.dual import decay_matrix, kernel
@@ -367,8 +368,10 @@ def test_the_kernel_is_the_unrolled_recurrence():
     torch.testing.assert_close(of.last_carry, momentum[..., 8])
 
 
-def test_decay_add_has_the_gradients_of_what_it_computes():
+@pytest.mark.parametrize("large", [0, decay.LARGE], ids=["large matrices", "small matrices"])
+def test_decay_add_has_the_gradients_of_what_it_computes(large, monkeypatch):
     """Its backward is written by hand: against the plain expression, finite differences, and once more derived."""
+    monkeypatch.setattr(decay, "LARGE", large)
     share, weight, step = torch.rand(2, 3), torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     arguments = [tensor.requires_grad_() for tensor in (share, weight, step)]
     torch.testing.assert_close(decay_add(*arguments), share[..., None, None] * weight + step)

@@ -5,7 +5,7 @@ import torch
 from torch.func import vmap
 
 from metamem.memory import product as module
-from metamem.memory.product import product
+from metamem.memory.product import product, product_transposed
 
 here = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -67,3 +67,36 @@ def test_small_matrices_other_types_and_broadcasts_take_the_plain_way(monkeypatc
 def test_a_processor_of_unknown_make_is_not_an_error(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert module._faster() is False
+
+
+@pytest.mark.parametrize(
+    ("maker", "family", "faster"),
+    [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False), ("GenuineIntel", 6, False)],
+    ids=["Zen 5", "Zen 4", "Intel of that number", "Intel"],
+)
+def test_make_and_family_of_the_processor_decide(maker, family, faster):
+    text = f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: {family}\nmodel\t\t: 17\n"
+    assert module._full_width_amd(text) is faster
+
+
+def test_a_processor_that_tells_no_family_is_not_an_error():
+    assert module._full_width_amd("vendor_id : AuthenticAMD") is False
+
+
+def test_a_transposed_product_has_the_gradients_of_first_and_second_order_each_in_its_operands_layout():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, n, 16, generator=generator, requires_grad=True) for n in (8, 4))
+    results = []
+    for multiply in (product_transposed, lambda a, b: a @ b.mT):
+        y = multiply(a, b)
+        first = torch.autograd.grad(y.square().sum(), (a, b), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (a, b))
+        results.append([y, *first, *second])
+    for mine, plain in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+    assert all(gradient.is_contiguous() for gradient in results[0][1:3])
+
+
+def test_a_transposed_product_under_vmap():
+    a, b = pair()
+    torch.testing.assert_close(vmap(product_transposed)(a, b.mT), a @ b)

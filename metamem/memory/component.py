@@ -180,8 +180,12 @@ def _host(levels: Sequence[TokenLevel]) -> int | None:
 
 
 def _shift(component: Component, init: Weights, sign: float) -> Component:
-    left = _initial(init, [component])
-    moved = [delta + sign * weight for delta, weight in zip(component.delta, left, strict=True)]
+    if component.keep is None:
+        moved = [torch.add(delta, weight, alpha=sign) for delta, weight in zip(component.delta, init, strict=True)]
+    else:
+        share = component.keep[..., None, None]
+        pairs = zip(component.delta, init, strict=True)
+        moved = [torch.addcmul(delta, share, weight, value=sign) for delta, weight in pairs]
     return component._replace(delta=moved)
 
 

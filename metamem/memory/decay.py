@@ -1,6 +1,7 @@
 """`decay_add`: share · weight + step, the one operation on whole weight matrices that an inner loop repeats.
 
-One pass forward where a product and a sum are two; backward, the step's gradient is the output's own, uncopied.
+One pass forward where a product and a sum are two; backward, the step's gradient is the output's own, uncopied, and
+the share's a dot product, which leaves no product of two weight matrices behind.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+LARGE = 1 << 16  # elements of a matrix, below which a call for each costs more than the product of all
 
 
 class _DecayAdd(torch.autograd.Function):
@@ -28,7 +31,15 @@ class _DecayAdd(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (gradient,) = gradients
         share, weight = ctx.saved_tensors
-        return (gradient * weight).sum((-2, -1)), share[..., None, None] * gradient, gradient
+        return _dot(gradient, weight), share[..., None, None] * gradient, gradient
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a b over each matrix. A compiled graph has its own way to sum a product that it does not keep."""
+    if a.shape[-2:].numel() < LARGE or torch.compiler.is_compiling():
+        return (a * b).sum((-2, -1))
+    pairs = zip(a.flatten(0, -3).flatten(1), b.flatten(0, -3).flatten(1), strict=True)
+    return torch.stack([torch.dot(x, y) for x, y in pairs]).unflatten(0, a.shape[:-2])
 
 
 def decay_add(

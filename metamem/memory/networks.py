@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from metamem.memory.product import product
+from metamem.memory.product import product_transposed
 
 Tokens = Float[Tensor, "*batch tokens _features"]  # _: each layer has its own
 Weights = list[Float[Tensor, "*_batch _d_in _d_out"]]
@@ -190,7 +190,7 @@ class Network:
         return error if self.norm is None else self.norm.backward(error, forward.preactivations[-1])
 
     def _back(self, signal: Tokens, weight: Tensor) -> Tokens:
-        return product(signal, (weight[..., :-1, :] if self.bias else weight).mT)
+        return product_transposed(signal, weight[..., :-1, :] if self.bias else weight)
 
 
 @dataclass(frozen=True, eq=False)
