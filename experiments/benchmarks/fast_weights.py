@@ -40,6 +40,7 @@ from torch.nn import functional
 from losses.recall import mse
 from metamem import FastWeights, TokenLevel
 from metamem.analysis import Claim, Study, open_study
+from metamem.memory.networks import Network
 
 BATCH, WIDTH, CHUNK = 4, 256, 64
 EXPANSION = 4
@@ -71,6 +72,7 @@ class VmapGrad(nn.Module):
         memory, network = self.memory, self.memory.network
         writes, queries = memory.writer(x, x.dtype), memory.reader.query(x, x.dtype)[..., 0, :]
         gates = writes.gates["surprise"]
+        assert isinstance(network, Network)
 
         def loss(weights: tuple[Tensor, ...], keys: Tensor, values: Tensor, rates: Tensor) -> Tensor:
             recalled = network.forward(keys, lambda layer, a: a @ weights[layer]).output
