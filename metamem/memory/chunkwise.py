@@ -43,10 +43,11 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
     network, levels, chunk = learner.network, learner.levels, learner.chunk
     assert isinstance(network, Network)
     fresh = span.length * writes.keys.shape[3]  # writes of a segment's own tokens
-    reads, surprises = [], []
+    reads, recalls, seen, sent = [], [], [], []
     pieces, past = cut_pieces(learner, span, writes, queries, carry.past)
     carry = carry._replace(past=past)
     lagging = all(level.period > 1 and level.period % chunk == 0 for level in levels)
+    at_once = network.depth == 1 and not lagging  # the reads of all segments, after the loop
     for segment, piece in zip(span.segments, unstack(pieces, len(span.segments)), strict=True):
         carry = carry._replace(anchor=(at := refresh(segment, carry)))
         # Where no level moves inside a chunk, reads see the weights of the signals: one pass serves both. Not where a
@@ -64,14 +65,27 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
                     level.signal, level.objectives, network, forward, at, piece.values, learner.feedback
                 )
                 products[key] = Products(forward.inputs, deltas)
-        of_segment = forward.output[..., -fresh:, :], piece.values[..., -fresh:, :]
-        surprises.append(signals.value(levels[0].objectives, *of_segment))
-        if not both:
+        recalls.append(forward.output)
+        if at_once:
+            seen.append([weights[0] for weights in term_weights(levels, carry)])
+            sent.append({key: written.signals[0] for key, written in products.items()})
+        elif not both:
             carried = term_weights(levels, carry)
             reads.append(read(network, piece.plan, piece.queries, carried, products, queries.shape[3]))
         carry = move(learner, segment, piece.plan, carry, products)
-    read_out = torch.stack(reads, 2).unflatten(3, (span.length, -1)).flatten(2, 3)
-    return read_out, torch.stack(surprises, 2).unflatten(3, (span.length, -1)).flatten(2, 3), carry
+    if at_once:
+        carried = [[torch.stack(of_term, -3)] for of_term in zip(*seen, strict=True)]
+        keys = [network.given(pieces.keys)]
+        products = {key: Products(keys, [torch.stack([one[key] for one in sent], 2)]) for key in sent[0]}
+        norm = [] if network.norm is None else [x.unsqueeze(1) for x in network.norm]  # an axis for the segments
+        of_segments = network.with_norm(norm)
+        read_out = read(of_segments, pieces.plan, pieces.queries, carried, products, queries.shape[3])
+    else:
+        read_out = torch.stack(reads, 2)
+    recalled, values = torch.stack(recalls, 2)[..., -fresh:, :], pieces.values[..., -fresh:, :]
+    surprise = signals.value(levels[0].objectives, recalled, values)
+    shape = (span.length, -1)
+    return read_out.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), carry
 
 
 def cut_pieces(

@@ -56,21 +56,43 @@ ACTIVATIONS = {
 }
 
 
+class Normalised(NamedTuple):
+    """ẑ = (z − mean z) / σ, and 1 / σ."""
+
+    unit: Tokens
+    scale: Float[Tensor, "*batch tokens 1"]
+
+
+def _normalise(z: Tokens) -> Normalised:
+    centred = z - z.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON)
+    return Normalised(centred * scale, scale)
+
+
 class Pass(NamedTuple):
-    """What a forward pass leaves for the signals: the input of each matrix, what it gave, and the network's output."""
+    """What a forward pass leaves for the signals: the input of each matrix, what it gave, the network's output, and,
+    under a norm, the last matrix's output normalised."""
 
     inputs: list[Tokens]
     preactivations: list[Tokens]
     output: Tokens
+    normalised: Normalised | None = None
 
     def split(self, tokens: int) -> tuple[Pass, Pass]:
         """The passes of the first `tokens` tokens and of the others."""
         sizes = [tokens, self.output.shape[-2] - tokens]
-        inputs, preactivations, output = (
-            [x.split(sizes, -2) for x in part] for part in (self.inputs, self.preactivations, [self.output])
+        inputs, preactivations, output, normalised = (
+            [x.split(sizes, -2) for x in part]
+            for part in (self.inputs, self.preactivations, [self.output], self.normalised or ())
         )
         first, second = (
-            Pass([x[side] for x in inputs], [x[side] for x in preactivations], output[0][side]) for side in (0, 1)
+            Pass(
+                [x[side] for x in inputs],
+                [x[side] for x in preactivations],
+                output[0][side],
+                Normalised(*(x[side] for x in normalised)) if normalised else None,
+            )
+            for side in (0, 1)
         )
         return first, second
 
@@ -81,21 +103,15 @@ class ResidualNorm(NamedTuple):
     gain: Float[Tensor, "*heads one features"]
     shift: Float[Tensor, "*heads one features"]
 
-    def forward(self, x: Tokens, z: Tokens) -> Tokens:
+    def forward(self, x: Tokens, normalised: Normalised) -> Tokens:
         """x + LN(z)."""
-        return x + self.gain * _normalised(z)[0] + self.shift
+        return x + torch.addcmul(self.shift, self.gain, normalised.unit)
 
-    def backward(self, error: Tokens, z: Tokens) -> Tokens:
+    def backward(self, error: Tokens, normalised: Normalised) -> Tokens:
         """∂/∂z of what has the gradient `error` at y: `(g − mean g − ẑ mean(g ⊙ ẑ)) / σ`, g = gain ⊙ error."""
-        unit, deviation = _normalised(z)
+        unit, scale = normalised
         g = self.gain * error
-        return (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True)) / deviation
-
-
-def _normalised(z: Tokens) -> tuple[Tokens, Tensor]:
-    centred = z - z.mean(-1, keepdim=True)
-    deviation = torch.sqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON)
-    return centred / deviation, deviation
+        return (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True)) * scale
 
 
 @runtime_checkable
@@ -161,7 +177,7 @@ class Network:
             preactivations.append(layer(index, inputs[index]))
             if index + 1 < self.depth:
                 inputs.append(self.given(ACTIVATIONS[self.activation].function(preactivations[index])))
-        return Pass(inputs, preactivations, self._out(x, preactivations[-1]))
+        return self._pass(x, inputs, preactivations)
 
     def recall(self, weights: Weights, x: Tokens) -> Tokens:
         """The output for x at the given weights."""
@@ -183,11 +199,16 @@ class Network:
         """The same network with the slow weights of its residual norm (gain and shift; none for no norm)."""
         return replace(self, norm=ResidualNorm(*norm) if norm else None)
 
-    def _out(self, x: Tokens, z: Tokens) -> Tokens:
-        return z if self.norm is None else self.norm.forward(x, z)
+    def _pass(self, x: Tokens, inputs: list[Tokens], preactivations: list[Tokens]) -> Pass:
+        if self.norm is None:
+            return Pass(inputs, preactivations, preactivations[-1])
+        normalised = _normalise(preactivations[-1])
+        return Pass(inputs, preactivations, self.norm.forward(x, normalised), normalised)
 
     def _last(self, error: Tokens, forward: Pass) -> Tokens:
-        return error if self.norm is None else self.norm.backward(error, forward.preactivations[-1])
+        if self.norm is None or forward.normalised is None:
+            return error
+        return self.norm.backward(error, forward.normalised)
 
     def _back(self, signal: Tokens, weight: Tensor) -> Tokens:
         return product_transposed(signal, weight[..., :-1, :] if self.bias else weight)
@@ -207,7 +228,7 @@ class SwiGLU(Network):
         gate, up = layer(0, given), layer(1, given)
         hidden = self.given(ACTIVATIONS[self.activation].function(gate) * up)
         z = layer(2, hidden)
-        return Pass([given, given, hidden], [gate, up, z], self._out(x, z))
+        return self._pass(x, [given, given, hidden], [gate, up, z])
 
     def backward(self, error: Tokens, weights: Weights, forward: Pass) -> list[Tokens]:
         """`δ^2 = error`, `δ^1 = h ⊙ φ(z^0)`, `δ^0 = h ⊙ z^1 ⊙ φ'(z^0)`, h = δ^2 W^2ᵀ."""
