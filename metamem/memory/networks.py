@@ -22,13 +22,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from metamem.memory.layer_norm import Normalised, normalise, normalise_backward
 from metamem.memory.product import product_transposed
 
 Tokens = Float[Tensor, "*batch tokens _features"]  # _: each layer has its own
 Weights = list[Float[Tensor, "*_batch _d_in _d_out"]]
 Apply = Callable[[int, Tokens], Tokens]
-
-LAYER_NORM_EPSILON = 1e-6
 
 
 class Activation(NamedTuple):
@@ -54,19 +53,6 @@ ACTIVATIONS = {
     "tanh": Activation(torch.tanh, lambda z: 1 - torch.tanh(z).square()),
     "relu": Activation(functional.relu, lambda z: (z > 0).to(z.dtype)),
 }
-
-
-class Normalised(NamedTuple):
-    """ẑ = (z − mean z) / σ, and 1 / σ."""
-
-    unit: Tokens
-    scale: Float[Tensor, "*batch tokens 1"]
-
-
-def _normalise(z: Tokens) -> Normalised:
-    centred = z - z.mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON)
-    return Normalised(centred * scale, scale)
 
 
 class Pass(NamedTuple):
@@ -105,13 +91,11 @@ class ResidualNorm(NamedTuple):
 
     def forward(self, x: Tokens, normalised: Normalised) -> Tokens:
         """x + LN(z)."""
-        return x + torch.addcmul(self.shift, self.gain, normalised.unit)
+        return torch.addcmul(x + self.shift, self.gain, normalised.unit)
 
-    def backward(self, error: Tokens, normalised: Normalised) -> Tokens:
-        """∂/∂z of what has the gradient `error` at y: `(g − mean g − ẑ mean(g ⊙ ẑ)) / σ`, g = gain ⊙ error."""
-        unit, scale = normalised
-        g = self.gain * error
-        return (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True)) * scale
+    def backward(self, error: Tokens, z: Tokens, normalised: Normalised) -> Tokens:
+        """∂/∂z of what has the gradient `error` at y."""
+        return normalise_backward(self.gain * error, z, normalised)
 
 
 @runtime_checkable
@@ -202,13 +186,13 @@ class Network:
     def _pass(self, x: Tokens, inputs: list[Tokens], preactivations: list[Tokens]) -> Pass:
         if self.norm is None:
             return Pass(inputs, preactivations, preactivations[-1])
-        normalised = _normalise(preactivations[-1])
+        normalised = normalise(preactivations[-1])
         return Pass(inputs, preactivations, self.norm.forward(x, normalised), normalised)
 
     def _last(self, error: Tokens, forward: Pass) -> Tokens:
         if self.norm is None or forward.normalised is None:
             return error
-        return self.norm.backward(error, forward.normalised)
+        return self.norm.backward(error, forward.preactivations[-1], forward.normalised)
 
     def _back(self, signal: Tokens, weight: Tensor) -> Tokens:
         return product_transposed(signal, weight[..., :-1, :] if self.bias else weight)
