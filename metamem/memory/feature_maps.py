@@ -9,13 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from metamem.memory.norms import unit
+
 FeatureMap = Literal["unit", "silu_unit", "elu", "identity"]
 Features = Float[Tensor, "*batch features"]
-
-
-def unit(x: Features) -> Features:
-    """x / max(‖x‖, 1e-3): of unit length, with a gradient that stays bounded where x is zero."""
-    return functional.normalize(x, dim=-1, eps=1e-3)
 
 
 def silu_unit(x: Features) -> Features:

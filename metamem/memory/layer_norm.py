@@ -23,7 +23,8 @@ Statistic = Float[Tensor, "*batch 1"]
 
 
 class Normalised(NamedTuple):
-    """ẑ, and, for `normalise_backward` alone since no gradient flows through them, mean z and 1 / σ."""
+    """ẑ, mean z and 1 / σ. Through the last two no gradient flows but in a compiled graph: `normalise_backward` has
+    what is missing."""
 
     unit: Tokens
     mean: Statistic
@@ -32,13 +33,26 @@ class Normalised(NamedTuple):
 
 def normalise(z: Tokens) -> Normalised:
     """(z − mean z) / σ over the last axis, σ² = variance + ε."""
+    if torch.compiler.is_compiling():  # it fuses them, forward and backward
+        return _plain(z)
     unit, mean, scale = torch.native_layer_norm(z, z.shape[-1:], None, None, EPSILON)
     return Normalised(unit, mean.detach(), scale.detach())
 
 
 def normalise_backward(gradient: Tokens, z: Tokens, normalised: Normalised) -> Tokens:
     """P(gradient) / σ: the gradient at z of what has `gradient` at ẑ."""
+    if torch.compiler.is_compiling():
+        unit, _, scale = normalised
+        along = (gradient * unit).mean(-1, keepdim=True)
+        return (gradient - gradient.mean(-1, keepdim=True) - unit * along) * scale
     return _NormaliseBackward.apply(gradient, z, normalised.unit.detach(), normalised.mean, normalised.scale)
+
+
+def _plain(z: Tokens) -> Normalised:
+    mean = z.mean(-1, keepdim=True)
+    centred = z - mean
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPSILON)
+    return Normalised(centred * scale, mean, scale)
 
 
 def _project(gradient: Tensor, z: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -62,9 +76,7 @@ class _NormaliseBackward(torch.autograd.Function):
         (u,) = upstream
         g, z, unit, mean, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates this too: from z again, by operations that remember it
-            centred = z - z.mean(-1, keepdim=True)
-            scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPSILON)
-            unit = centred * scale
+            unit, mean, scale = _plain(z)
         a, b = (g * unit).mean(-1, keepdim=True), (u * unit).mean(-1, keepdim=True)
         mean_u, mean_g = u.mean(-1, keepdim=True), g.mean(-1, keepdim=True)
         along = 3 * a * b - (u * g).mean(-1, keepdim=True) + mean_u * mean_g

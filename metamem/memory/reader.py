@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metamem.memory.feature_maps import FEATURE_MAPS, FeatureMap
+from metamem.memory.norms import rms
 from metamem.memory.product import Projection
 
 
@@ -26,10 +27,11 @@ class Reader(nn.Module):
 
     def query(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Float[Tensor, "b h t readers d_key"]:
         """The queries for x, in `dtype`."""
-        queries = rearrange(self.queries(x), "b t (h r d) -> b h t r d", h=self.heads, r=self.readers)
-        return FEATURE_MAPS[self.feature_map](queries.to(dtype))
+        queries = rearrange(self.queries(x), "b t (h r d) -> b t h r d", h=self.heads, r=self.readers)
+        return rearrange(FEATURE_MAPS[self.feature_map](queries.to(dtype)), "b t h r d -> b h t r d").contiguous()
 
     def forward(self, read: Float[Tensor, "b h t readers d_value"]) -> Float[Tensor, "batch tokens dim"]:
         """The output for what was read."""
         dtype = self.output.weight.dtype
-        return self.output(rearrange(self.norm(read.to(dtype)), "b h t r d -> b t (h r d)"))
+        read = rearrange(read, "b h t r d -> b t h r d").to(dtype)
+        return self.output((rms(read) * self.norm.weight).flatten(2))

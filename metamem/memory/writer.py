@@ -75,10 +75,10 @@ class Writer(nn.Module):
     def forward(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Writes:
         """What is written for x, with keys, values and gates in `dtype` (fast weights keep at least float32)."""
         split = {"h": self.heads, "w": self.writers}
-        keys = rearrange(self.keys(x), "b t (h w d) -> b h t w d", **split).to(dtype)
-        values = rearrange(self.values(x), "b t (h w d) -> b h t w d", **split).to(dtype)
-        gates = {level.name: self._gates(x, level, dtype) for level in self.levels}
-        return Writes(FEATURE_MAPS[self.feature_map](keys), values, gates)
+        keys = rearrange(self.keys(x), "b t (h w d) -> b t h w d", **split).to(dtype)
+        keys = rearrange(FEATURE_MAPS[self.feature_map](keys), "b t h w d -> b h t w d").contiguous()
+        values = rearrange(self.values(x), "b t (h w d) -> b h t w d", **split).to(dtype).contiguous()
+        return Writes(keys, values, {level.name: self._gates(x, level, dtype) for level in self.levels})
 
     def _gates(self, x: Tensor, level: TokenLevel, dtype: torch.dtype) -> Gates:
         batch, tokens, _ = x.shape
