@@ -45,3 +45,11 @@ def test_a_constant_vector_has_finite_gradients():
     z, g = torch.full((2, 5), 3.0, requires_grad=True), torch.randn(2, 5, requires_grad=True)
     for gradient in torch.autograd.grad(normalise_backward(g, z, normalise(z)).sum(), (g, z)):
         assert gradient.isfinite().all()
+
+
+def test_parts_of_larger_tensors_are_read_as_what_they_are():
+    z, g = torch.randn(3, 6, 7), torch.randn(3, 6, 7)
+    whole = normalise(z)
+    part = type(whole)(*(x[:, :2] for x in whole))
+    got = normalise_backward(g[:, :2], z[:, :2], part)
+    torch.testing.assert_close(got, normalise_backward(g, z, whole)[:, :2])

@@ -56,6 +56,8 @@ def _plain(z: Tokens) -> Normalised:
 
 
 def _project(gradient: Tensor, z: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    # It reads its arguments as if they were contiguous, without asking.
+    gradient, z, mean, scale = (x.contiguous() for x in (gradient, z, mean, scale))
     of_input = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(gradient, z, z.shape[-1:], mean, scale, None, None, of_input)[0]
 
@@ -65,7 +67,7 @@ class _NormaliseBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(gradient: Tensor, z: Tensor, unit: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-        return _project(gradient.contiguous(), z.contiguous(), mean, scale)
+        return _project(gradient, z, mean, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
