@@ -103,19 +103,31 @@ class MemoryNetwork(Protocol):
     """What every memory network is: `Network` here, a user's module in `metamem.memory.module_network`."""
 
     @property
-    def dims(self) -> tuple[int, ...]: ...  # d_key, …, d_value
+    def dims(self) -> tuple[int, ...]:
+        """d_key, …, d_value."""
+        ...
 
     @property
-    def linear(self) -> bool: ...
+    def linear(self) -> bool:
+        """Whether what is recalled is linear in the fast weights."""
+        ...
 
     @property
-    def norm(self) -> ResidualNorm | None: ...
+    def norm(self) -> ResidualNorm | None:
+        """The slow weights of the residual norm, where there is one."""
+        ...
 
-    def initial_weights(self, heads: int) -> Weights: ...
+    def initial_weights(self, heads: int) -> Weights:
+        """W_init, to learn from."""
+        ...
 
-    def recall(self, weights: Weights, x: Tokens) -> Tensor: ...
+    def recall(self, weights: Weights, x: Tokens) -> Tensor:
+        """The output for x at the given weights."""
+        ...
 
-    def with_norm(self, norm: Sequence[Tensor]) -> MemoryNetwork: ...
+    def with_norm(self, norm: Sequence[Tensor]) -> MemoryNetwork:
+        """The same network with these slow weights of its norm."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
