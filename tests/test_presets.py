@@ -25,21 +25,26 @@ DIM, HEADS = 8, 2
 WIDTH = DIM // HEADS
 TIME = 14  # three mini-batches of CHUNK and half of a fourth
 CHUNK, WINDOW, WRITERS = 4, 7, 3
-STEP = 0.1  # Atlas', of a transformed step
+STEP = 0.05  # Atlas', of a transformed step
 PERIODS = {"fast": 2, "middle": 4, "slow": 8}
 SMALL = [f"vars.dim={DIM}", f"vars.heads={HEADS}", "vars.blocks=1", "vars.vocabulary=16"]
 
 
 def build_preset(preset, folder, *overrides):
     """The memory of a preset, as a network around it has it, with random slow weights, gates too."""
-    file = folder / f"{preset}.yaml"
-    files = [CONFIGS / f"memory/{preset}.yaml", CONFIGS / "experiment/associative_recall.yaml"]
-    file.write_text(f"extends: {[str(path) for path in files]}\n")
-    memory = build(load_config(file, [*SMALL, *overrides])).get_submodule("blocks.0.memory")
+    memory = fresh_preset(preset, folder, *SMALL, *overrides)
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return memory
+
+
+def fresh_preset(preset, folder, *overrides):
+    """The memory of a preset as it starts."""
+    file = folder / f"{preset}.yaml"
+    files = [CONFIGS / f"memory/{preset}.yaml", CONFIGS / "experiment/associative_recall.yaml"]
+    file.write_text(f"extends: {[str(path) for path in files]}\n")
+    return build(load_config(file, overrides)).get_submodule("blocks.0.memory")
 
 
 # What a memory is given: the slow weights, applied
@@ -390,3 +395,16 @@ def agree(memory, x, out, expected, rounding=1.0):
     """Equal in values and in what is held, and so in the gradients of all of it by every slow weight and x."""
     close(tensors(out), tensors(expected), rounding)
     close(gradients(memory, x, out), gradients(memory, x, expected), rounding)
+
+
+@pytest.mark.parametrize("preset", sorted({case.preset for case in CASES.values()} | {"cms"}))
+def test_a_preset_holds_where_one_token_repeats(preset, tmp_path):
+    """In float32 and at the sizes that it comes with, all keys alike: the writes of a chunk add up, the outer gradient
+    runs through a thousand of them, and neither grows without bound. Hebbian sums do, and are normed when read."""
+    memory = fresh_preset(preset, tmp_path).float()
+    x = functional.rms_norm(torch.randn(1, 1, memory.dim_in).float(), (memory.dim_in,)).requires_grad_()
+    y, _, aux = memory(x.expand(-1, 1024, -1))
+    (gradient,) = torch.autograd.grad((y * torch.randn(y.shape).float()).sum(), x)
+    assert gradient.norm() < 1e5
+    for surprise in aux.values():
+        assert surprise[:, -64:].mean() < surprise[:, :64].mean()
