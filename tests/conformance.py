@@ -36,12 +36,10 @@ DIM, TIME = 8, 13  # TIME: three chunks of four and one token of a fourth
 
 @dataclass(frozen=True)
 class Entry:
-    """A memory of the suite; `exempt`: the gates that it documents not to pass; `examples`: how many of the splits and
-    resets of a law are tried."""
+    """A memory of the suite; `exempt`: the gates that it documents not to pass."""
 
     make: Callable[[], Memory]
     exempt: frozenset[str] = frozenset()
-    examples: int = 8
 
     def build(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Memory:
         """The memory with random slow weights: gates that start at zero would hide what depends on them."""
@@ -296,7 +294,7 @@ def streaming_law(entry: Entry) -> None:
     out = memory(x)
     expected, slopes = tensors(out), gradients(memory, x, out)
 
-    @settings(max_examples=entry.examples)
+    @settings(max_examples=8)
     @given(cuts=CUTS)
     def law(cuts: set[int]) -> None:
         pieces = stream(memory, x, cuts)
@@ -315,28 +313,33 @@ def streaming_token_by_token(entry: Entry) -> None:
         close(tensors(stream(memory, x, range(1, TIME), state)), tensors(memory(x, state)))
 
 
+def reset_in_midstream(memory: Memory, x: Tensor, at: int, rows: list[bool], cuts: set[int]) -> None:
+    """Rows of x that are reset after `at` tokens go on as fresh ones, the others as if nothing happened."""
+    chosen = torch.tensor(rows)
+    first = memory(x[:, :at])
+    state = memory.reset_state(first.state, chosen)
+    rest = stream(memory, x[:, at:], {cut - at for cut in cuts if cut > at}, state)
+    if any(rows):
+        close(of_rows(tensors(rest), chosen), tensors(memory(x[chosen, at:])))
+    if not all(rows):
+        whole = memory(x[~chosen])
+        late = Out(whole.y[:, at:], whole.state, {key: value[:, at:] for key, value in whole.aux.items()})
+        close(of_rows(tensors(rest), ~chosen), tensors(late))
+    gradient = torch.autograd.grad(rest.y.square().sum(), x)[0]
+    assert gradient[chosen, :at].eq(0).all(), "a row that was reset still sees what came before"
+    assert gradient[~chosen, :at].abs().amax(-1).gt(0).all(), "a row that was not has lost its past"
+
+
 @gate
 def reset_of_rows(entry: Entry) -> None:
     """A row that is reset in mid-stream goes on as a fresh one, the others as if nothing happened."""
     memory = entry.build()
     x = tokens(3).requires_grad_()
 
-    @settings(max_examples=entry.examples)
+    @settings(max_examples=6)
     @given(at=st.integers(1, TIME - 1), rows=st.lists(st.booleans(), min_size=3, max_size=3), cuts=CUTS)
     def law(at: int, rows: list[bool], cuts: set[int]) -> None:
-        chosen = torch.tensor(rows)
-        first = memory(x[:, :at])
-        state = memory.reset_state(first.state, chosen)
-        rest = stream(memory, x[:, at:], {cut - at for cut in cuts if cut > at}, state)
-        if any(rows):
-            close(of_rows(tensors(rest), chosen), tensors(memory(x[chosen, at:])))
-        if not all(rows):
-            whole = memory(x[~chosen])
-            late = Out(whole.y[:, at:], whole.state, {key: value[:, at:] for key, value in whole.aux.items()})
-            close(of_rows(tensors(rest), ~chosen), tensors(late))
-        gradient = torch.autograd.grad(rest.y.square().sum(), x)[0]
-        assert gradient[chosen, :at].eq(0).all(), "a row that was reset still sees what came before"
-        assert gradient[~chosen, :at].abs().amax(-1).gt(0).all(), "a row that was not has lost its past"
+        reset_in_midstream(memory, x, at, rows, cuts)
 
     law()
 
