@@ -109,9 +109,15 @@ def test_settings_that_exclude_each_other_are_refused_with_what_is_accepted(case
 
 def test_check_shows_what_of_a_rule_is_not_the_default(config_of):
     """The signal and the rate always."""
-    pulled = f"{RULE}.retention={{losses.retention.l2: 0.1}}"
-    shown = check(config_of("atlas"), f"{RULE}.signal=predicted_targets", pulled, f"{RULE}.weight_norm=true").stdout
-    for setting in ("window 32", "transform muon", "step 0.1", "momentum learned", "forget learned", "forget_to zero"):
+    rule = {
+        "signal": "predicted_targets",
+        "window": "48",
+        "step": "0.3",
+        "retention": "{losses.retention.l2: 0.1}",
+        "weight_norm": "true",
+    }
+    shown = check(config_of("atlas"), *(f"{RULE}.{key}={value}" for key, value in rule.items())).stdout
+    for setting in ("window 48", "transform muon", "step 0.3", "momentum learned", "forget learned", "forget_to zero"):
         assert setting in shown
     for setting in ("predicted_targets", "lr learned", "0.1 × losses.retention.l2", "weight_norm"):
         assert setting in shown
