@@ -20,22 +20,18 @@ its ratio to the peer is the most that any implementation reaches there.
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import statistics
-import subprocess
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from reference_layers import Projections, SelfAttention
+from timing import PASSES, Key, Results, best, measure_module, options, run_all, table
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.nn import functional
 
 from losses.recall import mse
 from metamem import FastWeights, TokenLevel
@@ -45,8 +41,6 @@ from metamem.memory.networks import Network
 BATCH, WIDTH, CHUNK = 4, 256, 64
 EXPANSION = 4
 HEADS = {"one head": 1, "four heads": 4}
-PASSES = ("forward", "forward+backward")
-Key = tuple[str, int, bool]  # maker, tokens, compiled
 
 
 def level(period: int, **settings: object) -> TokenLevel:
@@ -107,28 +101,6 @@ class Peer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.memory(x)[0]
-
-
-class Projections(nn.Module):
-    """The floor: keys, values, queries and output, and nothing between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        queries, keys, values, output = self.project
-        return output(queries(x) + keys(x) + values(x))
-
-
-class SelfAttention(Projections):
-    """Causal attention, 4 heads of 64."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        *inputs, output = self.project
-        queries, keys, values = (project(x).unflatten(-1, (4, -1)).transpose(1, 2) for project in inputs)
-        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        return output(attended.transpose(1, 2).flatten(2))
 
 
 class Products:
@@ -193,8 +165,8 @@ class Products:
 
 
 MAKERS: dict[str, Callable[[], nn.Module | Products]] = {
-    "projections": Projections,
-    "attention": SelfAttention,
+    "projections": lambda: Projections(WIDTH),
+    "attention": lambda: SelfAttention(WIDTH),
     "linear": lambda: FastWeights(WIDTH, [level(1)], heads=4, chunk=CHUNK, signal_at="token"),
 }
 for _name, _heads in HEADS.items():
@@ -212,35 +184,7 @@ def measure(name: str, tokens: int, compiled: bool, repeats: int) -> dict[str, f
     module = MAKERS[name]()
     if isinstance(module, Products):
         return {what: min(best(run, repeats) for run in module.runs(tokens, what != "forward")) for what in PASSES}
-    run = torch.compile(module, fullgraph=True) if compiled else module
-    x = torch.randn(BATCH, tokens, WIDTH)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def output() -> Tensor:
-        y = run(x)
-        return y if isinstance(y, Tensor) else y[0]
-
-    def forward() -> None:
-        with torch.no_grad():
-            output()
-
-    def both() -> None:
-        output().square().mean().backward()
-
-    result = {"forward+backward": best(both, repeats), "forward": best(forward, repeats)}
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {**result, "peak": peak}
-
-
-def best(function: Callable[[], None], repeats: int) -> float:
-    """The best of some timed calls, after one that warms up (and compiles)."""
-    function()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return measure_module(module, BATCH, tokens, WIDTH, compiled, repeats)
 
 
 def contenders(smoke: bool) -> list[Key]:
@@ -253,67 +197,6 @@ def contenders(smoke: bool) -> list[Key]:
     for length in (tokens, 4 * tokens):
         found += [("attention", length, False), ("linear", length, False)]
     return [one for one in found if not (smoke and one[2])]
-
-
-class Results:
-    """Seconds and MiB of every contender in every round."""
-
-    def __init__(self, rounds: list[dict[Key, dict[str, float]]]) -> None:
-        self.rounds = rounds
-
-    def seconds(self, key: Key, what: str) -> float:
-        """The median over rounds."""
-        return statistics.median(one[key][what] for one in self.rounds)
-
-    def ratio(self, key: Key, against: Key, what: str) -> float:
-        """How many times faster than another: the median over rounds of the ratio in a round."""
-        return statistics.median(one[against][what] / one[key][what] for one in self.rounds)
-
-    def ratio_of_bests(self, key: Key, against: Key, what: str) -> float:
-        """How many times faster the best round was than the best of another."""
-        return min(one[against][what] for one in self.rounds) / min(one[key][what] for one in self.rounds)
-
-    def peak(self, key: Key) -> float | None:
-        """The largest of all rounds."""
-        return max((one[key]["peak"] for one in self.rounds if "peak" in one[key]), default=None)
-
-
-def run_all(study: Study, rounds: int, repeats: int) -> Results:
-    """Every contender in its own process, some rounds."""
-    found: list[dict[Key, dict[str, float]]] = []
-    for turn in range(rounds):
-        found.append({})
-        for key in contenders(study.smoke):
-            name, tokens, compiled = key
-            print(f"\rround {turn + 1}/{rounds}: {name} {tokens} {'compiled' if compiled else 'eager':40}", end="\r")
-            spec = json.dumps({"name": name, "tokens": tokens, "compiled": compiled, "repeats": repeats})
-            command = [sys.executable, __file__, "--one", spec]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-            found[-1][key] = json.loads(done.stdout.splitlines()[-1])
-    print(" " * 100, end="\r")
-    return Results(found)
-
-
-def table(study: Study, title: str, results: Results, keys: Sequence[Key], against: Key) -> None:
-    """Prints one table, and keeps its figures."""
-    other = against[0].split(", ")[-1]
-    columns = [column for what in PASSES for column in (f"{what}, tokens/s", f"× {other}", "of bests")]
-    cells = []
-    for key in keys:
-        name = f"{key[0]}{', compiled' if key[2] else ''} ({BATCH} × {key[1]})"
-        row = [name]
-        for what in PASSES:
-            speed, ratio = BATCH * key[1] / results.seconds(key, what), results.ratio(key, against, what)
-            bests = results.ratio_of_bests(key, against, what)
-            row += [f"{speed:,.0f}", f"{ratio:.2f}", f"{bests:.2f}"]
-            study.add(f"{name}, {what}", speed, "tokens/s", against[0], ratio)
-            study.add(f"{name}, {what}, of bests", bests, "ratio", against[0])
-        if (peak := results.peak(key)) is not None:
-            study.add(f"{name}, peak memory", peak, "MiB")
-        cells.append([*row, "" if peak is None else f"{peak:,.0f}"])
-    study.table(title, ["", *columns, "peak, MiB"], cells)
 
 
 def ceiling(study: Study, results: Results, name: str, ours: Sequence[Key]) -> None:
@@ -345,7 +228,7 @@ def report(study: Study, results: Results) -> list[Claim]:
         keys = [key for key in found if key[0].startswith(name)]
         ours, peer = [key for key in keys if key[0].endswith("lag")], keys[0]
         floor = next(key for key in found if key[0] == "projections")
-        table(study, f"MLP memory, {name}", results, [floor, *keys], peer)
+        table(study, f"MLP memory, {name}", results, [floor, *keys], peer, BATCH)
         ceiling(study, results, name, ours)
         for key in ours:
             bound, kind = (compiled, "compiled") if key[2] else (eager, "eager")
@@ -355,17 +238,11 @@ def report(study: Study, results: Results) -> list[Claim]:
     for length in lengths:
         attention, linear = (key for key in keys if key[1] == length)
         title = f"Linear memory, exact token signals, {length} tokens"
-        table(study, title, results, [attention, linear], attention)
+        table(study, title, results, [attention, linear], attention, BATCH)
         time = results.ratio(attention, linear, "forward+backward")
         bound = 1.25 if length == lengths[0] else 1.0
         claims.append(Claim(f"linear forward+backward time / attention, {length}", time, bound, at_most=True))
     return claims
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The benchmark's own options."""
-    parser.add_argument("--rounds", type=int, default=3, help="how often each contender is measured, in turn")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of a measurement; the best counts")
 
 
 def main() -> int:
@@ -374,8 +251,7 @@ def main() -> int:
         print(json.dumps(measure(**json.loads(sys.argv[2]))))
         return 0
     study = open_study("benchmark-fast-weights", "Tokens per second of fast-weight memories.", options=options)
-    smoke = study.smoke
-    results = run_all(study, 1 if smoke else study.options.rounds, 1 if smoke else study.options.repeats)
+    results = run_all(study, __file__, contenders(study.smoke))
     return study.verdict(report(study, results))
 
 

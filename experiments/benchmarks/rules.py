@@ -1,0 +1,152 @@
+"""Speed of every preset of configs/memory: tokens/s forward and forward+backward, peak memory, bytes of state, on the CPU.
+
+Batch 4, width 256, 4 heads of 64, beside causal attention (`scaled_dot_product_attention`) of the same width and the
+floor, the four projections alone; lengths 1k, 2k, 4k, 8k; eager, and at 1k compiled as one graph. Presets are those that
+are shipped, with the papers' mini-batches where the shipped ones are for short sequences (`OVERRIDES`).
+
+A memory's cost a token must not grow with the length, and its state must not grow at all. A contender's best of eager and
+compiled is what is claimed at 1k.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from reference_layers import Projections, SelfAttention
+from timing import PASSES, Key, Results, measure_module, options, run_all, table
+from torch import nn
+
+from metamem import build, load_config
+from metamem.analysis import Claim, Study, open_study
+from metamem.state import state_bytes
+
+BATCH, WIDTH, HEADS = 4, 256, 4
+LENGTHS = (1024, 2048, 4096, 8192)
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NOT_MEASURED = ("attention", "lstm", "mnm_g", "mnm_p")  # no fast weights, or in a controller's loop (mnm.py)
+OVERRIDES = {
+    "ttt_mlp": ("vars.chunk=64",),
+    "titans": ("vars.chunk=64",),
+    "atlas": ("vars.chunk=64", "vars.window=128"),
+    "lact": ("vars.chunk=256",),
+}
+LINEAR = ("hebbian", "delta_net", "gated_delta_net", "momentum_delta", "delta_product", "ttt_linear")
+# preset -> what its forward+backward may take at 1k, in that of attention
+BOUNDS = {"ttt_linear": 1.0, "delta_net": 1.0, "ttt_mlp": 2.0, "lact": 2.0}
+GROWTH = 1.1  # of the cost a token, from the shortest length to the longest
+
+
+def presets() -> list[str]:
+    """The presets that are measured."""
+    names = sorted(path.stem for path in (CONFIGS / "memory").glob("*.yaml"))
+    return [name for name in names if name not in NOT_MEASURED]
+
+
+def memory(preset: str) -> nn.Module:
+    """The memory of a preset, as a network around it has it."""
+    files = [CONFIGS / "memory" / f"{preset}.yaml", CONFIGS / "experiment" / "associative_recall.yaml"]
+    sizes = [f"vars.dim={WIDTH}", f"vars.heads={HEADS}", "vars.blocks=1", "vars.vocabulary=64", "task.vocabulary=64"]
+    sizes += ["task.pairs=[4]", "training.length=1024", *OVERRIDES.get(preset, ())]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{preset}.yaml"
+        file.write_text(f"extends: {[str(path) for path in files]}\n")
+        return build(load_config(file, sizes)).get_submodule("blocks.0.memory")
+
+
+def measure(name: str, tokens: int, compiled: bool, repeats: int) -> dict[str, float]:
+    """Seconds, MiB, and the state's bytes a sequence."""
+    torch.manual_seed(0)
+    if name == "projections":
+        return measure_module(Projections(WIDTH), BATCH, tokens, WIDTH, compiled, repeats)
+    if name == "attention":
+        return measure_module(SelfAttention(WIDTH), BATCH, tokens, WIDTH, compiled, repeats)
+    module = memory(name)
+    found = measure_module(module, BATCH, tokens, WIDTH, compiled, repeats)
+    with torch.no_grad():
+        read = module(torch.randn(1, tokens, WIDTH))
+    if not read.y.isfinite().all():
+        raise ValueError(f"{name} is not finite after {tokens} tokens")
+    return {**found, "state": state_bytes(read.state)}
+
+
+def contenders(smoke: bool) -> list[Key]:
+    """In the order of the tables."""
+    names = ["projections", "attention", *presets()]
+    if smoke:
+        return [(name, 256, False) for name in names]
+    return [
+        (name, length, compiled)
+        for length in LENGTHS
+        for name in names
+        for compiled in ([False, True] if length == LENGTHS[0] and name not in names[:2] else [False])
+    ]
+
+
+def report(study: Study, results: Results) -> list[Claim]:
+    """Prints the tables, and gives what the issue asks for."""
+    found = list(results.rounds[0])
+    lengths = sorted({key[1] for key in found})
+    for length in lengths:
+        keys = [key for key in found if key[1] == length]
+        table(study, f"Presets, {length} tokens", results, keys, ("attention", length, False), BATCH)
+    claims = time_claims(results, found, lengths[0])
+    if len(lengths) > 1:
+        claims += growth_claims(study, results, lengths)
+    return claims
+
+
+def time_claims(results: Results, found: Sequence[Key], length: int) -> list[Claim]:
+    """Forward+backward at the shortest length, in that of attention."""
+    claims = []
+    for name, bound in BOUNDS.items():
+        ours = [key for key in found if key[0] == name and key[1] == length]
+        time = min(results.ratio(("attention", length, False), key, PASSES[1]) for key in ours)
+        claims.append(Claim(f"{name} forward+backward time / attention, {length}", time, bound, at_most=True))
+    return claims
+
+
+def growth_claims(study: Study, results: Results, lengths: Sequence[int]) -> list[Claim]:
+    """Linear memories beside attention from 4k on; the cost a token and the state of all, from the shortest length to
+    the longest."""
+    claims, rows = [], []
+    for length in (length for length in lengths if length >= 4096):
+        behind = {
+            name: results.ratio(("attention", length, False), (name, length, False), PASSES[1]) for name in LINEAR
+        }
+        slowest = max(behind, key=lambda name: behind[name])
+        what = f"slowest linear memory, {slowest}: forward+backward time / attention, {length}"
+        claims.append(Claim(what, behind[slowest], 1.0, at_most=True))
+    growths = {}
+    for name in presets():
+        short, long = ((name, length, False) for length in (lengths[0], lengths[-1]))
+        growth = results.ratio(short, long, PASSES[1]) * short[1] / long[1]
+        states = {int(results.rounds[0][name, length, False]["state"]) for length in lengths}
+        growths[name] = growth
+        study.add(f"{name}, cost a token at {long[1]} / at {short[1]}", growth, "ratio", f"{name} at {short[1]}")
+        study.add(f"{name}, state", max(states), "bytes a sequence")
+        rows.append([name, f"{growth:.2f}", ", ".join(f"{size:,}" for size in sorted(states))])
+        if len(states) > 1:
+            claims.append(Claim(f"{name}: sizes of state over lengths", len(states), 1, at_most=True))
+    study.table("From the shortest length to the longest", ["", "cost a token, ×", "state, bytes a sequence"], rows)
+    worst = max(growths, key=lambda name: growths[name])
+    what = f"largest growth of cost a token from {lengths[0]} to {lengths[-1]}, {worst}"
+    claims.append(Claim(what, growths[worst], GROWTH, at_most=True))
+    return claims
+
+
+def main() -> int:
+    """Measures everything in one run; the exit code is the verdict's."""
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(measure(**json.loads(sys.argv[2]))))
+        return 0
+    study = open_study("benchmark-rules", "Tokens per second of every preset.", options=options)
+    return study.verdict(report(study, run_all(study, __file__, contenders(study.smoke))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Timing of contenders: each in a process of its own, one after the other, some rounds.
+
+In a process the best of some calls counts, as a shared machine only ever slows things down. What is claimed is the
+median over rounds of the ratio in a round, since a process may be lucky in how its memory is laid out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from metamem.analysis import Study
+
+PASSES = ("forward", "forward+backward")
+Key = tuple[str, int, bool]  # maker, tokens, compiled
+
+
+def measure_module(
+    module: nn.Module, batch: int, tokens: int, width: int, compiled: bool, repeats: int
+) -> dict[str, float]:
+    """Best seconds of a forward and of a forward+backward, and the peak memory that they took, in MiB."""
+    warnings.filterwarnings("ignore")
+    run = torch.compile(module, fullgraph=True) if compiled else module
+    x = torch.randn(batch, tokens, width)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def output() -> Tensor:
+        y = run(x)
+        return y if isinstance(y, Tensor) else y[0]
+
+    def forward() -> None:
+        with torch.no_grad():
+            output()
+
+    def both() -> None:
+        output().square().mean().backward()
+
+    result = {"forward+backward": best(both, repeats), "forward": best(forward, repeats)}
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {**result, "peak": peak}
+
+
+def best(function: Callable[[], None], repeats: int) -> float:
+    """The best of some timed calls, after one that warms up (and compiles)."""
+    function()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+class Results:
+    """Seconds and MiB of every contender in every round."""
+
+    def __init__(self, rounds: list[dict[Key, dict[str, float]]]) -> None:
+        self.rounds = rounds
+
+    def seconds(self, key: Key, what: str) -> float:
+        """The median over rounds."""
+        return statistics.median(one[key][what] for one in self.rounds)
+
+    def ratio(self, key: Key, against: Key, what: str) -> float:
+        """How many times faster than another: the median over rounds of the ratio in a round."""
+        return statistics.median(one[against][what] / one[key][what] for one in self.rounds)
+
+    def ratio_of_bests(self, key: Key, against: Key, what: str) -> float:
+        """How many times faster the best round was than the best of another."""
+        return min(one[against][what] for one in self.rounds) / min(one[key][what] for one in self.rounds)
+
+    def peak(self, key: Key) -> float | None:
+        """The largest of all rounds."""
+        return max((one[key]["peak"] for one in self.rounds if "peak" in one[key]), default=None)
+
+
+def run_all(study: Study, script: str, keys: Sequence[Key]) -> Results:
+    """Every contender in a process of its own (`script --one SPEC` prints its figures), some rounds."""
+    rounds, repeats = (1, 1) if study.smoke else (study.options.rounds, study.options.repeats)
+    found: list[dict[Key, dict[str, float]]] = []
+    for turn in range(rounds):
+        found.append({})
+        for key in keys:
+            name, tokens, compiled = key
+            print(f"\rround {turn + 1}/{rounds}: {name} {tokens} {'compiled' if compiled else 'eager':40}", end="\r")
+            spec = json.dumps({"name": name, "tokens": tokens, "compiled": compiled, "repeats": repeats})
+            command = [sys.executable, script, "--one", spec]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+            found[-1][key] = json.loads(done.stdout.splitlines()[-1])
+    print(" " * 100, end="\r")
+    return Results(found)
+
+
+def table(study: Study, title: str, results: Results, keys: Sequence[Key], against: Key, batch: int) -> None:
+    """Prints one table, and keeps its figures. Every contender is compared with `against`."""
+    other = against[0].split(", ")[-1]
+    columns = [column for what in PASSES for column in (f"{what}, tokens/s", f"× {other}", "of bests")]
+    cells = []
+    for key in keys:
+        name = f"{key[0]}{', compiled' if key[2] else ''} ({batch} × {key[1]})"
+        row = [name]
+        for what in PASSES:
+            speed, ratio = batch * key[1] / results.seconds(key, what), results.ratio(key, against, what)
+            bests = results.ratio_of_bests(key, against, what)
+            row += [f"{speed:,.0f}", f"{ratio:.2f}", f"{bests:.2f}"]
+            study.add(f"{name}, {what}", speed, "tokens/s", against[0], ratio)
+            study.add(f"{name}, {what}, of bests", bests, "ratio", against[0])
+        if (peak := results.peak(key)) is not None:
+            study.add(f"{name}, peak memory", peak, "MiB")
+        cells.append([*row, "" if peak is None else f"{peak:,.0f}"])
+    study.table(title, ["", *columns, "peak, MiB"], cells)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own options."""
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender is measured, in turn")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of a measurement; the best counts")
