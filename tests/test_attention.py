@@ -196,6 +196,21 @@ def test_every_query_sees_the_persistent_tokens_however_late(window):
     assert (gradient.abs().amax(-1) > 1e-9).all()
 
 
+@pytest.mark.parametrize("window, persistent", [(3, 0), (3, 2), (None, 0), (None, 2)])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
+def test_low_precision_is_near_and_the_cache_keeps_its_type(window, persistent, autocast):
+    attention, x = Attention(DIM, HEADS, window, persistent), torch.randn(2, 9, DIM)
+    expected = attention(x)[0]
+    low = attention.float() if autocast else attention.bfloat16()
+    x = x.to(low.output.weight.dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, state = in_pieces(low, x, [2, 3])
+    assert state["keys"].dtype == state["values"].dtype == low.output.weight.dtype
+    torch.testing.assert_close(y.double(), expected, rtol=0.1, atol=0.05)
+    y.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in (x, *low.parameters()))
+
+
 def test_a_window_of_no_token_and_less_than_no_persistent_token_are_refused():
     with pytest.raises(ValueError, match="window must be at least 1, or null for all tokens, not 0"):
         Attention(DIM, HEADS, 0)
