@@ -442,6 +442,7 @@ def constant_size(entry: Entry) -> None:
     memory = entry.build()
     fresh, short, long = memory.init_state(2), midstream(memory, 2, 1), midstream(memory, 2, 5 * TIME)
     assert state_bytes(fresh) == state_bytes(short) == state_bytes(long)
+    assert list(flatten(fresh)) == list(flatten(short)) == list(flatten(long))
     shapes = [{key: (value.shape, value.dtype) for key, value in _named(state)} for state in (fresh, short, long)]
     assert shapes[0] == shapes[1] == shapes[2]
 

@@ -119,7 +119,7 @@ def to_state(level: TokenLevel, component: Component) -> LevelState:
         state["momentum"] = by_layer(component.momentum)
     if level.period > 1:
         state["pending"] = by_layer(component.pending or [torch.zeros_like(delta) for delta in component.delta])
-    if component.transform is not None:
+    if component.transform:  # none, or one that carries nothing
         state["transform"] = component.transform
     if component.keep is not None:
         state["keep"] = component.keep
