@@ -1,6 +1,7 @@
 # Every target does its own set-up in .venv; the stamp makes the second run install nothing.
 PYTHON ?= python3
 SEEDS ?= 1
+BENCH ?= fast_weights
 ARGS ?=
 
 BIN := .venv/bin
@@ -15,7 +16,7 @@ help:
 	@echo "make run [SEEDS=3]  meta-train the quickstart model, then stream English it has never read"
 	@echo "make test [ARGS=..] run the whole test suite"
 	@echo "make check          lint, formatting, types, import rules"
-	@echo "make bench          speed and memory of fast weights beside a peer's"
+	@echo "make bench [BENCH=..] speed and memory: fast_weights (beside a peer), rules (every preset), mnm"
 	@echo "make install        set up .venv and nothing else"
 	@echo "make clean          remove .venv and caches (runs/ stays)"
 
@@ -38,7 +39,7 @@ run: $(STAMP)
 	$(BIN)/python experiments/quickstart.py --seeds $(SEEDS) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check
@@ -47,7 +48,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(BENCH_STAMP)
-	$(BIN)/python experiments/benchmarks/fast_weights.py $(ARGS)
+	$(BIN)/python experiments/benchmarks/$(BENCH).py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
