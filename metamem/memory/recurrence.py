@@ -39,13 +39,10 @@ def run(
     reads, surprises = [], []
     for segment in span.segments:
         for token in range(segment.start, segment.start + segment.length):
-            starts = token == segment.start
-            if carry.anchor is not None and starts and segment.refresh is not None:
+            if carry.anchor is not None and token == segment.start and segment.refresh is not None:
                 carry = carry._replace(anchor=_anchored(segment, carry.now(), carry.anchor))
-            key, value = writes.keys[:, :, token], writes.values[:, :, token]
-            rates = {name: gates.lr[:, :, token] for name, gates in writes.gates.items()}
-            carry, recalled = write(products, learner, carry, key, value, rates, writes.gates, token, segment, starts)
-            surprises.append(signals.value(levels[0].objectives, recalled, value))
+            carry, recalled = write(products, learner, carry, writes, token, segment)
+            surprises.append(signals.value(levels[0].objectives, recalled, writes.values[:, :, token]))
             now = carry.now()
             asked = queries[:, :, token]
             reads.append(learner.network.recall(now, asked))
@@ -57,18 +54,12 @@ def run(
 
 
 def write(
-    products: Products,
-    learner: Learner,
-    carry: Carry,
-    key: Tensor,
-    value: Tensor,
-    rates: dict[str, Tensor],
-    gates: dict[str, Gates],
-    token: int,
-    segment: Segment,
-    starts: bool,
+    products: Products, learner: Learner, carry: Carry, writes: Writes, token: int, segment: Segment
 ) -> tuple[Carry, Tensor]:
     """The token's writes, at once or in turn, and what was recalled for its keys before them."""
+    key, value, gates = writes.keys[:, :, token], writes.values[:, :, token], writes.gates
+    rates = {name: gate.lr[:, :, token] for name, gate in gates.items()}
+    starts = token == segment.start
     levels = learner.levels
     before = carry.now()
     decayed = [
