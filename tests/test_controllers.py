@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from small_models import streaming_law
+from small_models import CONFIGS, streaming_law
 
+from metamem import build, load_config
 from metamem.controllers import LSTM
 from metamem.registry import MODULES
 
@@ -54,3 +55,12 @@ def test_an_lstm_is_a_module_kind_with_its_sizes_checked():
     assert isinstance(MODULES.build("lstm", {"dim": 4, "layers": 2}), LSTM)
     with pytest.raises(ValueError, match="dim, hidden and layers must be at least 1, not 4, 0, 1"):
         LSTM(4, 0)
+
+
+def test_an_lstm_with_attention_adds_to_the_lstm_what_attention_finds_in_its_past(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text(f"extends: [{CONFIGS}/memory/lstm_attention.yaml, {CONFIGS}/experiment/mnm_dictionary.yaml]\n")
+    both = build(load_config(path, ["vars.dim=8"])).blocks.get_submodule("0").memory
+    x = torch.randn(2, 7, 8)
+    hidden, _ = both.controller(x)
+    torch.testing.assert_close(both(x).y, hidden + both.attention(hidden)[0])

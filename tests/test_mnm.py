@@ -239,6 +239,26 @@ def test_sizes_below_one_are_refused():
         MNM(DIM, [level()], heads=0)
 
 
+def test_keys_start_as_different_maps_or_as_the_same_and_as_large_as_asked():
+    memories = {}
+    for start in ("apart", "alike"):
+        torch.manual_seed(0)
+        memories[start] = MNM(DIM, [level(lr=0.3)], width=WIDTH, heads=2, initial_keys=start, initial_gain=3.0).double()
+    weights = {start: memory.interface.weight.split(2 * WIDTH) for start, memory in memories.items()}
+    assert torch.equal(weights["alike"][0], weights["alike"][1])
+    assert not torch.allclose(weights["apart"][0], weights["apart"][1])
+    assert torch.equal(weights["alike"][0], weights["apart"][0]) and torch.equal(
+        weights["alike"][2], weights["apart"][2]
+    )
+    bound = 3 * DIM**-0.5  # of torch.nn.Linear's weights, times the gain
+    assert 0.8 * bound < weights["apart"][0].abs().max() <= bound
+
+
+def test_a_start_at_zero_is_refused():
+    with pytest.raises(ValueError, match=r"initial_gain must be above 0, not 0.0$"):
+        MNM(DIM, [level()], initial_gain=0.0)
+
+
 CONFIG = """
 name: tiny
 task: {name: none}

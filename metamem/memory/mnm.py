@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -54,6 +54,9 @@ class MNM(Memory):
 
     - `levels`   one token level of period 1 that addresses `init`, the memory's weights before the first write: its
                  objective, signal and rate. A learned η starts at `lr_max` / 2
+    - `initial_keys`   `apart`: read and write keys start as different maps of h; `alike`: as the same, so that a token
+                       reads what one like it wrote, from the start
+    - `initial_gain`   how many times larger than torch.nn.Linear's the interaction vectors' weights start
 
     Raises ValueError for a level that asks for what MNM does not have.
     """
@@ -66,6 +69,8 @@ class MNM(Memory):
         width: int | None = None,
         heads: int = 4,
         layers: int = 3,
+        initial_keys: Literal["apart", "alike"] = "apart",
+        initial_gain: float = 1.0,
     ) -> None:
         super().__init__()
         hidden, width = hidden or dim, width or dim
@@ -74,6 +79,8 @@ class MNM(Memory):
                 f"dim, hidden, width, heads and layers must be at least 1, not {dim}, {hidden}, {width}, {heads}, "
                 f"{layers}"
             )
+        if initial_gain <= 0:
+            raise ValueError(f"initial_gain must be above 0, not {initial_gain}")
         self.dim_in = self.dim_out = dim
         self.hidden, self.width, self.heads, self.layers = hidden, width, heads, layers
         self.levels, self.level = tuple(levels), only(levels)
@@ -86,6 +93,12 @@ class MNM(Memory):
         self.targets = nn.Linear(width, layers * width) if self.level.signal == "predicted_targets" else None
         self.output = nn.Linear(hidden + width, dim)
         self.init = nn.ParameterList(w[0] for w in Network((width,) * (layers + 1), "tanh").initial_weights(1))
+        with torch.no_grad():
+            self.interface.weight.mul_(initial_gain)
+            if initial_keys == "alike":
+                for parameter in self.interface.parameters():
+                    write, read = parameter[: 2 * heads * width].chunk(2)
+                    read.copy_(write)
         for part in (self.input, self.recurrent):  # as torch.nn.LSTM starts
             for parameter in part.parameters():
                 nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)
