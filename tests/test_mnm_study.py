@@ -4,6 +4,7 @@ import pytest
 
 from experiments.mnm_dictionary import METHODS, Cell, claims, config_of, run_cell, shown, summary, trained
 from metamem import build
+from metamem.layers import RMSNorm
 from metamem.memory.mnm import MNM
 
 SMALL = ("vars.dim=8", "vars.width=4", "training.batch=2", "task.examples=4")
@@ -12,7 +13,9 @@ SMALL = ("vars.dim=8", "vars.width=4", "training.batch=2", "task.examples=4")
 @pytest.mark.parametrize("name", METHODS)
 def test_every_row_is_built_as_it_says_and_trains(name):
     cell = Cell(name, 0, updates=3, every=2, overrides=SMALL)
-    memory = build(config_of(cell)).blocks.get_submodule("0").memory
+    block = build(config_of(cell)).blocks.get_submodule("0")
+    assert isinstance(block.norm, RMSNorm) == ("raw" not in name)
+    memory = block.memory
     if isinstance(memory, MNM):
         write, read = memory.interface.weight[: 4 * memory.width].chunk(2)
         assert write.equal(read) == ("alike" in name)
@@ -29,8 +32,9 @@ def test_what_a_row_adds_to_the_loss_is_in_its_config():
 
     task = {"losses.outer.next_token": 1.0}
     assert objective("MNM-g") == objective("MNM-p, alike") == objective("LSTM") == task
-    assert objective("MNM-g + norm") == {**task, "aux.**.value_norm": -0.01}
-    assert objective("MNM-g + reconstruction") == {**task, "aux.**.surprise": 0.1, "aux.**.reconstruction": 0.1}
+    assert objective("MNM-g, raw + norm") == {**task, "aux.**.value_norm": -0.03}
+    reconstructions = {"aux.**.surprise": 0.1, "aux.**.reconstruction": 0.1}
+    assert objective("MNM-g, raw + reconstruction") == {**task, **reconstructions}
 
 
 def test_a_finished_cell_leaves_all_that_it_measured_and_goes_by_its_budget(tmp_path, monkeypatch):
@@ -64,6 +68,6 @@ def test_claims_compare_the_means_over_seeds_and_count_a_cell_that_never_left_as
         return [summary(measured(*accuracies)) for accuracies in cells]
 
     slow, fast = row([0.2, 0.2, 0.6], [0.2, 0.2, 0.2]), row([0.6, 0.99], [0.2, 0.99])
-    found = {"MNM-g": slow, "MNM-g, alike": fast, "MNM-p": fast, "MNM-p, alike": fast}
+    found = {"MNM-g, raw": slow, "MNM-g, alike": fast, "MNM-p, raw": fast, "MNM-p, alike": fast}
     values = [claim.value for claim in claims(found, updates=50)]
     assert values == [(30 + 50) / (10 + 20), 1.0, 0.99, 0.99]

@@ -2,7 +2,8 @@
 
 Batch 16, 20 tokens, hidden 128, a memory of 3 layers of 128 × 128, 4 heads, one thread; forward, the paper's
 meta-objective (the reconstruction after each write) added to a loss on the output, and backward. Contenders take turns,
-`--rounds` times around; the best of each counts, as a shared machine only ever slows things down.
+`--rounds` times around, in seconds of the process itself; the best of each counts, as a shared machine only ever slows
+things down.
 
     naive     the equations token by token, batched over rows and heads, each inner gradient by torch.autograd.grad
     ours      eager, the loop as one function with its gradient written out
@@ -90,10 +91,10 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
     best = dict.fromkeys(steps, float("inf"))
     for turn in range(rounds + 1):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = time.process_time()
             step()
             if turn:
-                best[name] = min(best[name], time.perf_counter() - started)
+                best[name] = min(best[name], time.process_time() - started)
     return best
 
 

@@ -129,22 +129,27 @@ class MNM(Memory):
     def _run(self, x: Float[Tensor, "batch tokens dim"], state: State | None, writing: bool) -> Out:
         if state is not None and state["read"].shape[0] != x.shape[0]:  # one row would broadcast, silently
             raise ValueError(f"the state has {state['read'].shape[0]} rows, the input {x.shape[0]}")
-        state = self.init_state(x.shape[0]) if state is None else state
-        dtype, given = state["read"].dtype, self.output.weight.dtype
+        dtype, given = torch.promote_types(self.init[0].dtype, torch.float32), self.output.weight.dtype
         if x.shape[1] == 0:
             nothing = {name: x.new_zeros(x.shape[:2], dtype=dtype) for name in MEASURED} if writing else {}
-            return Out(x.to(given), state, nothing)
+            return Out(x.to(given), self.init_state(x.shape[0]) if state is None else state, nothing)
         with torch.autocast(x.device.type, enabled=False):
             init = torch.stack([weight.to(dtype) for weight in self.init]).unsqueeze(1)
-            delta = torch.stack(list(state["levels"][self.level.name]["delta"].values()))
-            start = Moment(state["hidden"], state["cell"], state["read"], init + delta)
+            start = self._start(x.shape[0], init, state)
             rule = Rule(self.level, self.heads, writing, self.squared)
             result = run(rule, linear(self.input, x.to(dtype)), start, self._slow(dtype))
             y = linear(self.output, torch.cat([result.hidden, result.read], -1)).to(given)
             aux = self._measure(result) if writing else {}
-            levels = self._component((result.weights - init).unbind(0)) if writing else state["levels"]
+            levels = self._component((result.weights - init).unbind(0)) if writing or state is None else state["levels"]
         last = {"hidden": result.hidden[:, -1], "cell": result.cell, "read": result.read[:, -1]}
         return Out(y, {**last, "levels": levels}, aux)
+
+    def _start(self, batch: int, init: Tensor, state: State | None) -> Moment:
+        if state is None:  # no component to add: the weights are large
+            hidden, read = init.new_zeros(batch, self.hidden), init.new_zeros(batch, self.width)
+            return Moment(hidden, hidden, read, init.expand(-1, batch, -1, -1))
+        delta = torch.stack(list(state["levels"][self.level.name]["delta"].values()))
+        return Moment(state["hidden"], state["cell"], state["read"], init + delta)
 
     def _component(self, delta: Sequence[Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
         return {self.level.name: {"delta": by_layer(list(delta))}}
