@@ -61,8 +61,47 @@ def test_compiled_in_one_graph_it_gives_the_same_numbers(memory, backend, length
     """Forward and backward, `fullgraph=True`; `aot_eager` takes the same two graphs, without the wait for a C++
     compiler, which has once given wrong gradients of a state. In a process of its own: torch.compile cannot see
     through jaxtyping."""
+    run_compiled(COMPILED, memory, backend, str(length))
+
+
+def run_compiled(code, *arguments):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "JAXTYPING_DISABLE": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", COMPILED, memory, backend, str(length)]
+    command = [sys.executable, "-c", code, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+CHUNK_BY_CHUNK = """
+import torch
+from conformance import MEMORIES, gradients, tensors, tokens
+from metamem.memory import chunkwise
+from torch._dynamo.backends.debugging import aot_eager
+
+torch.set_num_threads(1)
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return aot_eager(graph, inputs)
+
+compiled = torch.compile(chunkwise.one_segment, fullgraph=True, dynamic=False, backend=backend)
+chunkwise._compiled = lambda: compiled
+for name in ("titans-like", "ttt-mlp", "lact"):
+    memory = MEMORIES[name].build(torch.float64)
+    x = tokens(2, 27).requires_grad_()
+    results = []
+    for memory.compile_chunk in (False, True):
+        graphs.clear()
+        out = memory(x)
+        results.append({**tensors(out), **{f"d {key}": value for key, value in gradients(memory, x, out).items()}})
+    for key, expected in results[0].items():
+        message = lambda text: f"{name} {key}: {text}"
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-6, atol=1e-8, msg=message)
+    assert 1 <= len(graphs) <= 4, f"{name}: {len(graphs)} graphs for seven segments"
+"""
+
+
+def test_compiled_chunk_by_chunk_it_gives_the_same_numbers_in_a_few_graphs():
+    """A graph for the first chunk, for those after it, and for what is left over; not one a chunk."""
+    run_compiled(CHUNK_BY_CHUNK)

@@ -67,6 +67,8 @@ def squared(pred, target):
         ([fast(window=5)], {"signal_at": "token"}, "'fast'.*window of 5.*signal_at to 'chunk'"),
         ([slow(window=9)], {"chunk": 4}, "'slow'.*window of 9.*of the chunk, 4, not 8; set period to 4"),
         ([slow(window=4)], {"chunk": 8}, "'slow'.*window of 4.*period of 8; set window to 8, or window to 1"),
+        ([fast()], {"signal_at": "token", "compile_chunk": True}, "compile_chunk .*solved for all chunks at once"),
+        ([fast()], {"executor": "recurrence", "compile_chunk": True}, "compile_chunk .*token by token"),
         ([fast()], {"writes": "in_turn"}, "'in_turn'.*signal_at to 'token'"),
         ([fast(momentum=0.5)], {"writes": "in_turn", "signal_at": "token"}, "'fast'.*momentum to 0"),
         ([fast(forget=0.5)], {"writes": "in_turn", "signal_at": "token"}, "'fast'.*signal_at to 'decayed'"),

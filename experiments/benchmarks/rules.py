@@ -1,8 +1,9 @@
 """Speed of every preset of configs/memory on the CPU: tokens/s forward and forward+backward, peak memory, state.
 
 Batch 4, width 256, 4 heads of 64, beside causal attention (`scaled_dot_product_attention`) of the same width and the
-floor, the four projections alone; lengths 1k, 2k, 4k, 8k; eager, and at 1k compiled as one graph. Presets are those
-that are shipped, with the papers' mini-batches where the shipped ones are for short sequences (`OVERRIDES`).
+floor, the four projections alone; lengths 1k, 2k, 4k, 8k; eager, and at 1k compiled: memories that go chunk by chunk by
+`compile_chunk`, those that solve for all chunks at once as one graph. Presets are those that are shipped, with the
+papers' mini-batches where the shipped ones are for short sequences (`OVERRIDES`).
 
 A memory's cost a token must not grow with the length, and its state must not grow at all. What is claimed at 1k is the
 better of eager and compiled.
@@ -34,8 +35,10 @@ OVERRIDES = {
     "titans": ("vars.chunk=64", "hierarchy.levels.surprise.rule.lr_max=0.005"),
     "atlas": ("vars.chunk=64", "vars.window=128"),
     "lact": ("vars.chunk=256",),
+    "cms": ("vars.periods.fast=64", "vars.periods.middle=256", "vars.periods.slow=1024"),
 }
 LINEAR = ("hebbian", "delta_net", "gated_delta_net", "momentum_delta", "delta_product", "ttt_linear")
+EXACT = LINEAR[:-1]  # token signals, solved for all chunks at once
 # preset -> what its forward+backward may take at 1k, in that of attention
 BOUNDS = {"ttt_linear": 1.0, "delta_net": 1.0, "ttt_mlp": 2.0, "lact": 2.0}
 GROWTH = 1.1  # of the cost a token, from the shortest length to the longest
@@ -47,11 +50,14 @@ def presets() -> list[str]:
     return [name for name in names if name not in NOT_MEASURED]
 
 
-def memory(preset: str) -> nn.Module:
+def memory(preset: str, compiled: bool) -> nn.Module:
     """The memory of a preset, as a network around it has it."""
     files = [CONFIGS / "memory" / f"{preset}.yaml", CONFIGS / "experiment" / "associative_recall.yaml"]
     sizes = [f"vars.dim={WIDTH}", f"vars.heads={HEADS}", "vars.blocks=1", "vars.vocabulary=64", "task.vocabulary=64"]
     sizes += ["task.pairs=[4]", "training.length=1024", *OVERRIDES.get(preset, ())]
+    if compiled and preset not in EXACT:
+        parts = [f"modules.{part}." for part in ("fast", "middle", "slow")] if preset == "cms" else [""]
+        sizes += [f"vars.memory.{part}compile_chunk=true" for part in parts]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{preset}.yaml"
         file.write_text(f"extends: {[str(path) for path in files]}\n")
@@ -65,8 +71,8 @@ def measure(name: str, tokens: int, compiled: bool, repeats: int) -> dict[str, f
         return measure_module(Projections(WIDTH), BATCH, tokens, WIDTH, compiled, repeats)
     if name == "attention":
         return measure_module(SelfAttention(WIDTH), BATCH, tokens, WIDTH, compiled, repeats)
-    module = memory(name)
-    found = measure_module(module, BATCH, tokens, WIDTH, compiled, repeats)
+    module = memory(name, compiled)
+    found = measure_module(module, BATCH, tokens, WIDTH, compiled and name in EXACT, repeats)
     with torch.no_grad():
         read = module(torch.randn(1, tokens, WIDTH))
     if not read.y.isfinite().all():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -38,54 +41,77 @@ class Pieces(NamedTuple):
     plan: Plan
 
 
+class Chunk(NamedTuple):
+    """What the work of one segment gives: what is carried on, what was recalled for the keys, and either the reads or,
+    for networks of one matrix, what all segments' reads are made of at once: the carried tensors and the signals."""
+
+    carry: Carry
+    recalled: Float[Tensor, "batch heads writes d_value"]
+    read: Float[Tensor, "batch heads reads d_value"] | None
+    seen: list[Tensor]
+    sent: dict[Key, Tensor]
+
+
 def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], what is carried."""
-    network, levels, chunk = learner.network, learner.levels, learner.chunk
+    network, levels, readers = learner.network, learner.levels, queries.shape[3]
     assert isinstance(network, Network)
     fresh = span.length * writes.keys.shape[3]  # writes of a segment's own tokens
-    reads, recalls, seen, sent = [], [], [], []
     pieces, past = cut_pieces(learner, span, writes, queries, carry.past)
-    carry = carry._replace(past=past)
-    lagging = all(level.period > 1 and level.period % chunk == 0 for level in levels)
-    at_once = network.depth == 1 and not lagging  # the reads of all segments, after the loop
+    carry, chunks = carry._replace(past=past), []
+    step = _compiled() if learner.compiled and not torch.compiler.is_compiling() else one_segment
     for segment, piece in zip(span.segments, unstack(pieces, len(span.segments)), strict=True):
-        carry = carry._replace(anchor=(at := refresh(segment, carry)))
-        # Where no level moves inside a chunk, reads see the weights of the signals: one pass serves both. Not where a
-        # call goes on inside a chunk: the anchor may be cut from W_init, which the reads are not.
-        both = lagging and segment.refresh == ()
-        together = torch.cat([piece.keys, piece.queries], -2) if both else piece.keys
-        forward = network.forward(together, lambda layer, a, at=at: product(a, at[layer]))
-        if both:
-            forward, recalled = forward.split(piece.keys.shape[-2])
-            reads.append(recalled.output)
-        products = {}
-        for level in levels:
-            if (key := signal_key(level)) not in products:
-                deltas = signals.at_layers(
-                    level.signal, level.objectives, network, forward, at, piece.values, learner.feedback
-                )
-                products[key] = Products(forward.inputs, deltas)
-        recalls.append(forward.output)
-        if at_once:
-            seen.append([weights[0] for weights in term_weights(levels, carry)])
-            sent.append({key: written.signals[0] for key, written in products.items()})
-        elif not both:
-            carried = term_weights(levels, carry)
-            reads.append(read(network, piece.plan, piece.queries, carried, products, queries.shape[3]))
-        carry = move(learner, segment, piece.plan, carry, products)
-    if at_once:
-        carried = [[torch.stack(of_term, -3)] for of_term in zip(*seen, strict=True)]
-        keys = [network.given(pieces.keys)]
-        products = {key: Products(keys, [torch.stack([one[key] for one in sent], 2)]) for key in sent[0]}
+        # Without its place, which is no part of its work: a compiled step is one graph for all of them.
+        chunks.append(step(learner, replace(segment, start=0), piece, carry, readers))
+        carry = chunks[-1].carry
+    if chunks[0].seen:
+        carried = [[torch.stack(of_term, -3)] for of_term in zip(*(chunk.seen for chunk in chunks), strict=True)]
+        sent = {key: torch.stack([chunk.sent[key] for chunk in chunks], 2) for key in chunks[0].sent}
+        products = {key: Products([network.given(pieces.keys)], [signal]) for key, signal in sent.items()}
         norm = [] if network.norm is None else [x.unsqueeze(1) for x in network.norm]  # an axis for the segments
-        of_segments = network.with_norm(norm)
-        read_out = read(of_segments, pieces.plan, pieces.queries, carried, products, queries.shape[3])
+        read_out = read(network.with_norm(norm), pieces.plan, pieces.queries, carried, products, readers)
     else:
-        read_out = torch.stack(reads, 2)
-    recalled, values = torch.stack(recalls, 2)[..., -fresh:, :], pieces.values[..., -fresh:, :]
-    surprise = signals.value(levels[0].objectives, recalled, values)
+        read_out = torch.stack([chunk.read for chunk in chunks if chunk.read is not None], 2)
+    recalled, values = torch.stack([chunk.recalled for chunk in chunks], 2), pieces.values
+    surprise = signals.value(levels[0].objectives, recalled[..., -fresh:, :], values[..., -fresh:, :])
     shape = (span.length, -1)
     return read_out.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), carry
+
+
+def one_segment(learner: Learner, segment: Segment, piece: Pieces, carry: Carry, readers: int) -> Chunk:
+    """The work of one segment; `piece` is one of `Pieces` without the axis of segments."""
+    network, levels, chunk = learner.network, learner.levels, learner.chunk
+    assert isinstance(network, Network)
+    carry = carry._replace(anchor=(at := refresh(segment, carry)))
+    # Where no level moves inside a chunk, reads see the weights of the signals: one pass serves both. Not where a call
+    # goes on inside a chunk: the anchor may be cut from W_init, which the reads are not.
+    lagging = all(level.period > 1 and level.period % chunk == 0 for level in levels)
+    both = lagging and segment.refresh == ()
+    together = torch.cat([piece.keys, piece.queries], -2) if both else piece.keys
+    forward = network.forward(together, lambda layer, a: product(a, at[layer]))
+    read_out, seen, sent = None, [], {}
+    if both:
+        forward, recalled = forward.split(piece.keys.shape[-2])
+        read_out = recalled.output
+    products: dict[Key, Products] = {}
+    for level in levels:
+        if (key := signal_key(level)) not in products:
+            deltas = signals.at_layers(
+                level.signal, level.objectives, network, forward, at, piece.values, learner.feedback
+            )
+            products[key] = Products(forward.inputs, deltas)
+    if network.depth == 1 and not lagging:
+        seen = [weights[0] for weights in term_weights(levels, carry)]
+        sent = {key: written.signals[0] for key, written in products.items()}
+    elif not both:
+        read_out = read(network, piece.plan, piece.queries, term_weights(levels, carry), products, readers)
+    carry = move(learner, segment, piece.plan, carry, products)
+    return Chunk(carry, forward.output, read_out, seen, sent)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Chunk]:
+    return torch.compile(one_segment, fullgraph=True, dynamic=False)
 
 
 def cut_pieces(

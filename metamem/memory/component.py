@@ -50,8 +50,8 @@ class Component(NamedTuple):
 
 class Learner(NamedTuple):
     """What learns inside a memory: the network, the levels that move its weights, the chunk, where signals are
-    computed, whether the writes of a token happen in turn, W_init, and the matrices that predict targets (None where no
-    level's signal needs them)."""
+    computed, whether the writes of a token happen in turn, W_init, the matrices that predict targets (None where no
+    level's signal needs them), and whether a chunk's work is compiled."""
 
     network: MemoryNetwork
     levels: tuple[TokenLevel, ...]
@@ -60,6 +60,7 @@ class Learner(NamedTuple):
     in_turn: bool
     init: Weights
     feedback: Weights | None
+    compiled: bool = False
 
 
 class Past(NamedTuple):

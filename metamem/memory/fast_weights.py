@@ -78,6 +78,8 @@ class FastWeights(Memory):
     - `feature_map`   of keys and queries (`metamem.memory.feature_maps`)
     - `chunk`         tokens per chunk
     - `writers`       writes of a token and head, `together` at the same weights or `in_turn`; `readers`: queries
+    - `compile_chunk` compiles the work of one chunk (`executor: dual`, signals of the chunk): one small graph, whatever
+                      the length, where compiling the whole module unrolls all chunks
     - `levels`        the token levels of the hierarchy that address this memory, fast to slow
 
     Raises ValueError for settings that exclude each other.
@@ -104,6 +106,7 @@ class FastWeights(Memory):
         writes: Literal["together", "in_turn"] = "together",
         readers: int = 1,
         executor: Literal["dual", "recurrence", "vmap_grad"] = "dual",
+        compile_chunk: bool = False,
     ) -> None:
         super().__init__()
         d_key, d_value = d_key or dim // heads, d_value or dim // heads
@@ -116,6 +119,7 @@ class FastWeights(Memory):
         self.dim, self.heads, self.chunk, self.executor = dim, heads, chunk, executor
         self.dim_in = self.dim_out = dim
         self.signal_at: SignalAt = signal_at
+        self.compile_chunk = compile_chunk
         self.readers, self.in_turn = readers, writes == "in_turn"
         self.levels = tuple(levels)
         dims = (d_key, *hidden, d_value)
@@ -131,6 +135,12 @@ class FastWeights(Memory):
             self.norm_gain = nn.Parameter(torch.ones(heads, 1, d_value))
             self.norm_shift = nn.Parameter(torch.zeros(heads, 1, d_value))
         self.residual_norm = residual_norm
+        if compile_chunk and self._executor() is not chunkwise.run:
+            raise ValueError(
+                "compile_chunk compiles the chunks of the executor 'dual' with written-out signals, and this memory "
+                "has none: token signals of a linear memory are solved for all chunks at once, other executors go "
+                "token by token; set compile_chunk to false"
+            )
         if any(level.signal == "predicted_targets" for level in self.levels):
             shapes = [(heads, d_value, weight.shape[-1]) for weight in weights]
             self.feedback = nn.ParameterList([torch.randn(shape) / d_value**0.5 for shape in shapes])
@@ -215,7 +225,9 @@ class FastWeights(Memory):
             network = network.with_norm([self.norm_gain.to(dtype), self.norm_shift.to(dtype)])
         if any(level.signal == "predicted_targets" for level in self.levels):
             feedback = [matrix.to(dtype) for matrix in self.feedback]
-        return Learner(network, self.levels, self.chunk, self.signal_at, self.in_turn, init, feedback)
+        return Learner(
+            network, self.levels, self.chunk, self.signal_at, self.in_turn, init, feedback, self.compile_chunk
+        )
 
     def _executor(self) -> Executor:
         if self.executor == "recurrence" and not isinstance(self.network, ModuleNetwork):
