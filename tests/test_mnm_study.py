@@ -49,7 +49,13 @@ def test_a_finished_cell_leaves_all_that_it_measured_and_goes_by_its_budget(tmp_
 
 def measured(*accuracies, norms=None):
     return [
-        {"update": 10 * (i + 1), "seconds": 30.0 * (i + 1), "accuracy": accuracy, "value_norm": norms and norms[i]}
+        {
+            "update": 10 * (i + 1),
+            "seconds": 30.0 * (i + 1),
+            "accuracy": accuracy,
+            "accuracy/pairs-8": accuracy / 2,
+            "value_norm": norms and norms[i],
+        }
         for i, accuracy in enumerate(accuracies)
     ]
 
@@ -69,5 +75,6 @@ def test_claims_compare_the_means_over_seeds_and_count_a_cell_that_never_left_as
 
     slow, fast = row([0.2, 0.2, 0.6], [0.2, 0.2, 0.2]), row([0.6, 0.99], [0.2, 0.99])
     found = {"MNM-g, raw": slow, "MNM-g, alike": fast, "MNM-p, raw": fast, "MNM-p, alike": fast}
+    found |= {"LSTM": slow, "LSTM + attention": fast}
     values = [claim.value for claim in claims(found, updates=50)]
-    assert values == [(30 + 50) / (10 + 20), 1.0, 0.99, 0.99]
+    assert values == pytest.approx([(30 + 50) / (10 + 20), 1.0, 0.99 / 0.4, 1.0, 0.99, 0.99])
