@@ -62,6 +62,7 @@ def measured(*accuracies, norms=None):
 
 def test_a_cells_summary_says_when_it_left_the_plateau_and_when_it_was_done():
     found = summary(measured(0.2, 0.5, 0.7, 0.99, norms=[2.0, 1.5, 3.0, 4.0]))
+    assert found.left is not None and found.solved is not None
     assert (found.left["update"], found.solved["update"], found.last["update"]) == (20, 40, 40)
     assert found.lowest_norm == 1.5
     stuck = summary(measured(0.2, 0.3))
