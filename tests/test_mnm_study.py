@@ -13,7 +13,7 @@ SMALL = ("vars.dim=8", "vars.width=4", "training.batch=2", "task.examples=4")
 @pytest.mark.parametrize("name", METHODS)
 def test_every_row_is_built_as_it_says_and_trains(name):
     cell = Cell(name, 0, updates=3, every=2, overrides=SMALL)
-    block = build(config_of(cell)).blocks.get_submodule("0")
+    block = build(config_of(cell)).get_submodule("blocks.0")
     assert isinstance(block.norm, RMSNorm) == ("raw" not in name)
     memory = block.memory
     if isinstance(memory, MNM):
