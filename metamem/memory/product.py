@@ -28,9 +28,11 @@ def product(a: Float[Tensor, "*a n k"], b: Float[Tensor, "*b k m"]) -> Float[Ten
     return _onednn(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, a.shape[:-2])
 
 
-def product_transposed(a: Float[Tensor, "*c n k"], b: Float[Tensor, "*c m k"]) -> Float[Tensor, "*c n m"]:
+def product_transposed(a: Float[Tensor, "*a n k"], b: Float[Tensor, "*b m k"]) -> Float[Tensor, "*c n m"]:
     """a bᵀ. The gradient of b comes in b's own layout: as that of `b.mT` it would be transposed, and adding it to the
     others of b as slow as a product."""
+    if a.shape[:-2] != b.shape[:-2]:
+        return product(a, b.mT)
     return _TransposedProduct.apply(a, b)
 
 
