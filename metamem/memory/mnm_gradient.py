@@ -53,9 +53,12 @@ def run(rule: Rule, inputs: Tokens, start: Moment, slow: Slow) -> Read:
     """The loop over tokens whose share of the LSTM's gates is `inputs`."""
     # A custom function has no rule for the transforms of torch.func.
     transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
-    if torch.is_grad_enabled() and not transformed and not torch.compiler.is_compiling():
+    if transformed or torch.compiler.is_compiling():
+        return _plain(rule, inputs, start, slow)
+    if torch.is_grad_enabled():
         return Read._make(Loop.apply(rule, inputs, *start, *slow))
-    return _plain(rule, inputs, start, slow)
+    copy = start._replace(weights=start.weights.clone(memory_format=torch.contiguous_format))
+    return gather(rule, *trace(rule, inputs, copy, slow, overwrite=True))
 
 
 def _plain(rule: Rule, inputs: Tokens, start: Moment, slow: Slow) -> Read:
