@@ -1,19 +1,10 @@
-"""The hierarchy of losses: which weights learn, from which loss, on which clock.
-
-- `token` levels live inside the memories (`token_levels` makes them from a config)
-- `inner` levels move parameters inside the forward pass: every `period` tokens a differentiable optimizer step on
-  that piece's loss (`InnerLoop`); the outer gradient flows through, for `unroll` updates
-- `step` levels move the slow weights that they own (`OuterLevels`), each from its own objective, every `period` steps
-
-Losses are means over the positions asked (`metamem.targets`).
-"""
+"""Inner levels: parameters that move inside the forward pass, every `period` tokens, by a differentiable step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optree
@@ -24,67 +15,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metamem.config import (
-    Config,
-    LevelConfig,
-    OptimizerConfig,
-    RuleConfig,
-    UserError,
-    measured_objectives,
-    ownership,
-    resolve_objective,
-    resolve_objectives,
-)
-from metamem.config.convert import schema_fields
+from metamem.config import Config, OptimizerConfig, UserError, resolve_objectives
 from metamem.globs import match_names
+from metamem.hierarchy.objectives import loss_per_token
 from metamem.memory.base import Out
-from metamem.memory.level import TokenLevel
 from metamem.memory.signals import Objectives
-from metamem.targets import asked, mean_asked
+from metamem.targets import mean_asked
 
 Parameters = dict[str, Tensor]
 INITIAL_RATE = 0.03  # where a learned inner rate starts
-
-
-def token_levels(config: Config) -> list[tuple[LevelConfig, TokenLevel]]:
-    """The token levels of a config, fast to slow, with their objectives resolved."""
-    objectives, found = resolve_objectives(config), []
-    for level in config.hierarchy.levels:
-        if level.clock == "token" and (rule := level.rule) is not None:
-            settings = {item.name: getattr(rule, item.name) for item in schema_fields(RuleConfig)}
-            settings["retention"] = {
-                resolve_objective(path, level.where.at("rule", "retention", path)): weight
-                for path, weight in rule.retention.items()
-            }
-            try:
-                runtime = TokenLevel(level.name, objectives[level.name], level.period, **settings)
-            except ValueError as error:
-                raise (level.where / "rule").error(str(error)) from error
-            found.append((level, runtime))
-    return found
-
-
-def loss_per_token(
-    objectives: Objectives, pred: Float[Tensor, "*tokens vocabulary"], target: Int[Tensor, "*tokens"]
-) -> Float[Tensor, "*tokens"]:
-    """Σ weight · objective(pred, target); 0 at the positions that are not asked, which no objective sees."""
-    wanted = asked(target)
-    if wanted.all():
-        return torch.stack([weight * objective(pred, target) for objective, weight in objectives.items()]).sum(0)
-    losses = loss_per_token(objectives, pred[wanted], target[wanted])
-    return losses.new_zeros(target.shape).masked_scatter(wanted, losses)
-
-
-def measured_loss(measured: Mapping[str, float], aux: Mapping[str, Tensor]) -> Tensor | float:
-    """Σ weight · mean of what memories measured under the names that a glob matches."""
-    total: Tensor | float = 0.0
-    for glob, weight in measured.items():
-        matching = [aux[name].mean() for name in match_names([glob], aux)]
-        total = total + weight * torch.stack(matching).mean()
-    return total
-
-
-# ------------------------------------------------------------------------------------------------ inner levels
 
 
 @dataclass(frozen=True)
@@ -229,82 +168,3 @@ def _direction(optimizer: OptimizerConfig) -> Any:
         return torchopt.sgd(lr=1.0, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay)
     make = torchopt.adam if optimizer.name == "adam" else torchopt.adamw
     return make(lr=1.0, betas=optimizer.betas, weight_decay=optimizer.weight_decay, eps_root=1e-16)
-
-
-# ------------------------------------------------------------------------------------------------- step levels
-
-
-class OuterLevels:
-    """The step levels of a config: each owns slow weights, has an objective, an optimizer and a period."""
-
-    def __init__(self, config: Config, network: nn.Module) -> None:
-        parameters = dict(network.named_parameters())
-        owned, objectives = ownership(parameters, config.hierarchy), resolve_objectives(config)
-        self.levels = [level for level in config.hierarchy.levels if level.clock == "step"]
-        self.parameters = {level.name: [parameters[name] for name in owned[level.name]] for level in self.levels}
-        self.objectives = {level.name: objectives[level.name] for level in self.levels}
-        self.measured = measured_objectives(config)
-        self.optimizers = {level.name: _optimizer(level, self.parameters[level.name]) for level in self.levels}
-
-    def distinct(self) -> Iterator[tuple[Objectives, dict[str, float], list[LevelConfig]]]:
-        """The distinct objectives, of tokens and of what memories measured, with the levels that have each."""
-        groups: dict[tuple, list[LevelConfig]] = {}
-        for level in self.levels:
-            key = tuple(self.objectives[level.name].items()), tuple(self.measured[level.name].items())
-            groups.setdefault(key, []).append(level)
-        for (objectives, measured), levels in groups.items():
-            yield dict(objectives), dict(measured), levels
-
-    def backward(
-        self, loss: Callable[[Objectives], Tensor], aux: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> dict[str, float]:
-        """Adds to every level's gradient that of its own loss: `loss` of its objectives, and what it adds of the `aux`
-        that the memories measured. Gives the loss per level."""
-        values, groups = {}, []
-        for objectives, measured, levels in self.distinct():
-            value = measured_loss(measured, aux) + (loss(objectives) if objectives else 0.0)
-            groups.append((torch.as_tensor(value), levels))
-        for index, (value, levels) in enumerate(groups):
-            mine = [p for level in levels for p in self.parameters[level.name] if p.requires_grad]
-            gradients = torch.autograd.grad(value, mine, retain_graph=index + 1 < len(groups), allow_unused=True)
-            for parameter, gradient in zip(mine, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            values.update({level.name: float(value.detach()) for level in levels})
-        return values
-
-    def step(self, step: int, scale: float, clip: float | None) -> dict[str, float]:
-        """After outer step `step` (from 1): every level whose period ends here takes its optimizer's step on the mean
-        gradient of its period, the rate times `scale`; gives the gradient norm of each that did."""
-        norms = {}
-        for level in self.levels:
-            if step % level.period:
-                continue
-            parameters, optimizer = self.parameters[level.name], self.optimizers[level.name]
-            if level.period > 1:
-                for parameter in parameters:
-                    if parameter.grad is not None:
-                        parameter.grad /= level.period
-            norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
-            norms[level.name] = float(norm)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * scale
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return norms
-
-
-def _optimizer(level: LevelConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The level's torch optimizer. Weight decay takes matrices only: a gain or a bias has no reason to be small."""
-    settings = level.optimizer
-    assert settings is not None and not isinstance(settings.lr, str)
-    decay = settings.weight_decay
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [{**group, "initial_lr": settings.lr} for group in groups if group["params"]]
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
-    make = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return make(groups, lr=settings.lr, betas=settings.betas)

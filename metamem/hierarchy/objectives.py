@@ -1,0 +1,36 @@
+"""What a level's objectives say of a forward pass: a loss per token, and what memories measured on the way.
+
+Losses are means over the positions asked (`metamem.targets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metamem.globs import match_names
+from metamem.memory.signals import Objectives
+from metamem.targets import asked
+
+
+def loss_per_token(
+    objectives: Objectives, pred: Float[Tensor, "*tokens vocabulary"], target: Int[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
+    """Σ weight · objective(pred, target); 0 at the positions that are not asked, which no objective sees."""
+    wanted = asked(target)
+    if wanted.all():
+        return torch.stack([weight * objective(pred, target) for objective, weight in objectives.items()]).sum(0)
+    losses = loss_per_token(objectives, pred[wanted], target[wanted])
+    return losses.new_zeros(target.shape).masked_scatter(wanted, losses)
+
+
+def measured_loss(measured: Mapping[str, float], aux: Mapping[str, Tensor]) -> Tensor | float:
+    """Σ weight · mean of what memories measured under the names that a glob matches."""
+    total: Tensor | float = 0.0
+    for glob, weight in measured.items():
+        matching = [aux[name].mean() for name in match_names([glob], aux)]
+        total = total + weight * torch.stack(matching).mean()
+    return total

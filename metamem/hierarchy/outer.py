@@ -1,0 +1,89 @@
+"""Outer levels: slow weights, each owned by one level, which steps on the mean gradient of its own objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from metamem.config import Config, LevelConfig, measured_objectives, ownership, resolve_objectives
+from metamem.hierarchy.objectives import measured_loss
+from metamem.memory.signals import Objectives
+
+
+class OuterLevels:
+    """The step levels of a config: each owns slow weights, has an objective, an optimizer and a period."""
+
+    def __init__(self, config: Config, network: nn.Module) -> None:
+        parameters = dict(network.named_parameters())
+        owned, objectives = ownership(parameters, config.hierarchy), resolve_objectives(config)
+        self.levels = [level for level in config.hierarchy.levels if level.clock == "step"]
+        self.parameters = {level.name: [parameters[name] for name in owned[level.name]] for level in self.levels}
+        self.objectives = {level.name: objectives[level.name] for level in self.levels}
+        self.measured = measured_objectives(config)
+        self.optimizers = {level.name: _optimizer(level, self.parameters[level.name]) for level in self.levels}
+
+    def distinct(self) -> Iterator[tuple[Objectives, dict[str, float], list[LevelConfig]]]:
+        """The distinct objectives, of tokens and of what memories measured, with the levels that have each."""
+        groups: dict[tuple, list[LevelConfig]] = {}
+        for level in self.levels:
+            key = tuple(self.objectives[level.name].items()), tuple(self.measured[level.name].items())
+            groups.setdefault(key, []).append(level)
+        for (objectives, measured), levels in groups.items():
+            yield dict(objectives), dict(measured), levels
+
+    def backward(
+        self, loss: Callable[[Objectives], Tensor], aux: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, float]:
+        """Adds to every level's gradient that of its own loss: `loss` of its objectives, and what it adds of the `aux`
+        that the memories measured. Gives the loss per level."""
+        values, groups = {}, []
+        for objectives, measured, levels in self.distinct():
+            value = measured_loss(measured, aux) + (loss(objectives) if objectives else 0.0)
+            groups.append((torch.as_tensor(value), levels))
+        for index, (value, levels) in enumerate(groups):
+            mine = [p for level in levels for p in self.parameters[level.name] if p.requires_grad]
+            gradients = torch.autograd.grad(value, mine, retain_graph=index + 1 < len(groups), allow_unused=True)
+            for parameter, gradient in zip(mine, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            values.update({level.name: float(value.detach()) for level in levels})
+        return values
+
+    def step(self, step: int, scale: float, clip: float | None) -> dict[str, float]:
+        """After outer step `step` (from 1): every level whose period ends here takes its optimizer's step on the mean
+        gradient of its period, the rate times `scale`; gives the gradient norm of each that did."""
+        norms = {}
+        for level in self.levels:
+            if step % level.period:
+                continue
+            parameters, optimizer = self.parameters[level.name], self.optimizers[level.name]
+            if level.period > 1:
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad /= level.period
+            norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
+            norms[level.name] = float(norm)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norms
+
+
+def _optimizer(level: LevelConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The level's torch optimizer. Weight decay takes matrices only: a gain or a bias has no reason to be small."""
+    settings = level.optimizer
+    assert settings is not None and not isinstance(settings.lr, str)
+    decay = settings.weight_decay
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [{**group, "initial_lr": settings.lr} for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    make = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return make(groups, lr=settings.lr, betas=settings.betas)
