@@ -5,7 +5,9 @@ attention and an LSTM among them, in one network of two blocks (configs/experime
 memory, a width (of the model and of its one head's keys) and a seed, trained on sequences of 4 to 32 pairs in a process
 of its own. Accuracy is on sequences never trained on, for each number of pairs, and for twice as many as were trained.
 
-All cells train alike: as many sequences, one rate. A memory that learns late is told by its number here, not excused.
+All cells train alike, on as many sequences. Each memory has the rate of `RATES` that was best for it at the smallest
+width and the first seed, on validation sequences which are not those of the table; a memory in a controller's loop
+(`LOOPED`), of minutes a cell, has the shipped one. A memory that learns late is told by its number here, not excused.
 A cell that is done is a line of cells.jsonl; `--resume FOLDER` takes the lines of an earlier run over.
 """
 
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from metamem import UserError, build_task, load_config, train
 from metamem.analysis import Claim, Study, accuracy_figure, open_study
@@ -34,7 +37,9 @@ from metamem.state import state_bytes
 from metamem.tasks import AssociativeRecall
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-WIDTHS = (32, 64)
+WIDTHS = (16, 32)
+RATES = (4e-3, 1e-3)  # of the outer optimizer; the first is the shipped one
+LOOPED = ("mnm_g", "mnm_p")
 WITHOUT = ("attention", "lstm")  # no fast weights: what memories are measured against
 EXACT = ("delta_net", "gated_delta_net", "momentum_delta")  # each token's error at its own weights
 # A sequence has 128 tokens: a memory that is read before its chunk is written needs shorter ones than it ships with.
@@ -44,25 +49,28 @@ SMOKE = ("training.steps=2", "training.batch=2", "task.examples=8")
 
 @dataclass(frozen=True)
 class Cell:
-    """One model to train: which memory, how wide, which seed, and what else differs from the shipped config."""
+    """One model to train: which memory, how wide, which seed and rate, what else differs from the shipped config."""
 
     memory: str
     width: int
     seed: int
+    rate: float
     overrides: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Its run's name."""
-        return f"{self.memory}-{self.width}-seed{self.seed}"
+        return f"{self.memory}-{self.width}-rate{self.rate:.3f}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a cell gave: accuracy per number of pairs, those beyond training last; `failed` says why there is none."""
+    """What a cell gave: accuracy per number of pairs, those beyond training last, and its mean over the numbers trained
+    on other sequences, by which a rate is chosen; `failed` says why there is none."""
 
     cell: Cell
     accuracy: dict[int, float]
+    validation: float = 0.0
     parameters: int = 0
     state_bytes: int = 0
     tokens_per_second: float = math.nan
@@ -76,7 +84,10 @@ def config_file(cell: Cell, folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [CONFIGS / "memory" / f"{cell.memory}.yaml", CONFIGS / "experiment" / "associative_recall.yaml"]
     lines = "".join(f"  - {os.path.relpath(file, path.parent)}\n" for file in files)
-    path.write_text(f"extends:\n{lines}vars: {{dim: {cell.width}}}\nseed: {cell.seed}\n")
+    path.write_text(
+        f"extends:\n{lines}vars: {{dim: {cell.width}}}\nseed: {cell.seed}\n"
+        f"hierarchy: {{levels: {{task: {{optimizer: {{lr: {cell.rate:.3e}}}}}}}}}\n"
+    )
     return path
 
 
@@ -92,16 +103,21 @@ def run_cell(cell: Cell, folder: Path) -> Result:
         return Result(cell, {}, failed=str(error), seconds=time.perf_counter() - started)
     model = trained.model.eval()
     length, most = config.training.length, max(task.pairs)
-    beyond = AssociativeRecall(pairs=2 * most, vocabulary=task.vocabulary, examples=task.examples)
+    sizes = {"vocabulary": task.vocabulary, "examples": task.examples}
+    beyond, other = AssociativeRecall(pairs=2 * most, **sizes), AssociativeRecall(pairs=task.pairs, seed=1, **sizes)
+
+    def predict(inputs: Tensor, targets: Tensor) -> Tensor:
+        return model(inputs).y
+
     with torch.no_grad():
-        found = task.evaluate(lambda inputs, targets: model(inputs).y, length)
-        found |= beyond.evaluate(lambda inputs, targets: model(inputs).y, 2 * length)
+        found = task.evaluate(predict, length) | beyond.evaluate(predict, 2 * length)
+        validation = float(np.mean(list(other.evaluate(predict, length).values())))
         state = model(beyond.evaluation(2 * most, 2 * length)[0][:1]).state
     accuracy = {int(name.rpartition("-")[2]): value for name, value in found.items()}
     tokens = config.training.steps * config.training.batch * length
     parameters = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - started
-    return Result(cell, accuracy, parameters, state_bytes(state), tokens / trained.seconds, seconds)
+    return Result(cell, accuracy, validation, parameters, state_bytes(state), tokens / trained.seconds, seconds)
 
 
 def read_cells(path: Path) -> list[Result]:
@@ -118,7 +134,7 @@ def read_cells(path: Path) -> list[Result]:
     return results
 
 
-def run_all(study: Study, cells: Sequence[Cell]) -> dict[Cell, Result]:
+def run_all(study: Study, cells: Sequence[Cell], label: str) -> dict[Cell, Result]:
     """The results of all cells: those of a run that this one resumes, and the others, each written when it is done."""
     earlier: Path | None = study.options.resume
     found = {result.cell: result for result in (read_cells(earlier / "cells.jsonl") if earlier else [])}
@@ -126,11 +142,11 @@ def run_all(study: Study, cells: Sequence[Cell]) -> dict[Cell, Result]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         (study.folder / "cells.jsonl").open("a", buffering=1) as file,
-        ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(study.options.workers, mp_context=multiprocessing.get_context("spawn")) as pool,
         Progress(*columns, console=Console(stderr=True)) as bar,
     ):
         file.writelines(json.dumps(asdict(result)) + "\n" for result in done.values())
-        task = bar.add_task("cells", total=len(cells), completed=len(done))
+        task = bar.add_task(label, total=len(cells), completed=len(done))
         futures = [pool.submit(run_cell, cell, study.folder) for cell in cells if cell not in done]
         for future in as_completed(futures):
             result = future.result()
@@ -138,6 +154,30 @@ def run_all(study: Study, cells: Sequence[Cell]) -> dict[Cell, Result]:
             done[result.cell] = result
             bar.advance(task)
     return done
+
+
+def best_rates(tried: Sequence[Result]) -> dict[str, float]:
+    """Memory -> its rate of the best validation; of equal ones the first tried."""
+    best: dict[str, Result] = {}
+    for result in tried:
+        if (name := result.cell.memory) not in best or result.validation > best[name].validation:
+            best[name] = result
+    return {name: result.cell.rate for name, result in best.items()}
+
+
+def report_rates(study: Study, tried: Sequence[Result], chosen: dict[str, float]) -> None:
+    """Prints what each rate gave on the validation sequences."""
+    rows = []
+    for memory, best in chosen.items():
+        own = {result.cell.rate: result for result in tried if result.cell.memory == memory}
+        cells = []
+        for rate in RATES:
+            shown = "" if rate not in own else "diverged" if own[rate].failed else f"{own[rate].validation:.3f}"
+            if rate in own and not own[rate].failed:
+                study.add(f"{memory}, rate {rate:g}, validation", own[rate].validation, "accuracy")
+            cells.append(shown)
+        rows.append([memory, *cells, f"{best:g}"])
+    study.table("Rates, on validation sequences", ["", *(f"{rate:g}" for rate in RATES), "chosen"], rows)
 
 
 def report(study: Study, results: dict[Cell, Result], memories: Sequence[str], widths: Sequence[int]) -> list[Claim]:
@@ -191,6 +231,7 @@ def report(study: Study, results: dict[Cell, Result], memories: Sequence[str], w
 def options(parser: argparse.ArgumentParser) -> None:
     """The study's own options."""
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="take over the cells of an earlier run's folder")
+    parser.add_argument("--workers", type=int, default=2, help="cells trained at once, a thread each (default 2)")
     parser.add_argument("--memories", nargs="+", metavar="NAME", help="only these, and those that the verdict needs")
 
 
@@ -203,13 +244,26 @@ def main() -> int:
         memories = [name for name in memories if name in {*study.options.memories, *EXACT, "hebbian"}]
     widths = (16,) if study.smoke else WIDTHS
     more = SMOKE if study.smoke else ()
-    cells = [
-        Cell(memory, width, seed, (*OVERRIDES.get(memory, ()), *more))
+
+    def cells(memory: str, width: int, seeds: Sequence[int], rates: Sequence[float]) -> list[Cell]:
+        overrides = (*OVERRIDES.get(memory, ()), *more)
+        return [Cell(memory, width, seed, rate, overrides) for rate in rates for seed in seeds]
+
+    first = study.seeds[:1]
+    rates = {memory: RATES[:1] if study.smoke or memory in LOOPED else RATES for memory in memories}
+    tried = [cell for memory in memories for cell in cells(memory, widths[0], first, rates[memory])]
+    results = run_all(study, tried, "rates")
+    chosen = best_rates(list(results.values()))
+    report_rates(study, list(results.values()), chosen)
+    rest = [
+        cell
         for width in sorted(widths, reverse=True)  # what takes longest comes first
         for memory in memories
-        for seed in study.seeds
+        for cell in cells(memory, width, study.seeds, [chosen[memory]])
     ]
-    return study.verdict(report(study, run_all(study, cells), memories, widths))
+    results |= run_all(study, [cell for cell in rest if cell not in results], "cells")
+    results = {cell: results[cell] for cell in rest}
+    return study.verdict(report(study, results, memories, widths))
 
 
 if __name__ == "__main__":

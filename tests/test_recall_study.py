@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_models import CONFIGS
 
-from experiments.associative_recall import Cell, Result, config_file, read_cells, run_cell
+from experiments.associative_recall import Cell, Result, best_rates, config_file, read_cells, run_cell
 from metamem import load_config
 from metamem.analysis import accuracy_figure
 
@@ -30,9 +30,10 @@ def study(folder, *arguments):
 
 
 def test_a_cell_is_a_memory_swapped_in_by_one_line_trained_and_evaluated(tmp_path):
-    cell = Cell("gated_delta_net", 16, 3, QUICK)
+    cell = Cell("gated_delta_net", 16, 3, 2e-3, QUICK)
     config = load_config(config_file(cell, tmp_path), QUICK)
     assert (config.seed, config.vars["dim"], config.training.steps) == (3, 16, 2)
+    assert next(level.optimizer.lr for level in config.hierarchy.levels if level.name == "task") == 2e-3
     assert config.network.modules["blocks"]["modules"]["memory"]["kind"] == "fast_weights"
     result = run_cell(cell, tmp_path)
     assert result.cell == cell and not result.failed
@@ -41,17 +42,27 @@ def test_a_cell_is_a_memory_swapped_in_by_one_line_trained_and_evaluated(tmp_pat
 
 
 def test_a_cell_that_diverges_says_so_and_the_others_go_on(tmp_path):
-    diverging = ("training.gradient_clip=null", "hierarchy.levels.task.optimizer.lr=1e37", "training.steps=9")
-    result = run_cell(Cell("delta_net", 16, 0, (*QUICK, *diverging)), tmp_path)
+    diverging = ("training.gradient_clip=null", "training.steps=9")
+    result = run_cell(Cell("delta_net", 16, 0, 1.0e30, (*QUICK, *diverging)), tmp_path)
     assert result.accuracy == {} and "is nan" in result.failed
+
+
+def test_a_memory_has_the_rate_of_its_best_validation():
+    tried = [
+        Result(Cell("lstm", 16, 0, 0.1), {4: 1.0}, validation=0.2),
+        Result(Cell("lstm", 16, 0, 0.2), {4: 0.0}, validation=0.3),
+        Result(Cell("titans", 16, 0, 0.1), {}, failed="diverged"),
+        Result(Cell("titans", 16, 0, 0.2), {}, failed="diverged"),
+    ]
+    assert best_rates(tried) == {"lstm": 0.2, "titans": 0.1}
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path):
     line = json.dumps(
-        {"cell": {"memory": "lstm", "width": 16, "seed": 0, "overrides": ["a=1"]}, "accuracy": {"4": 0.5}}
+        {"cell": {"memory": "lstm", "width": 16, "seed": 0, "rate": 0.1, "overrides": ["a=1"]}, "accuracy": {"4": 0.5}}
     )
     (tmp_path / "cells.jsonl").write_text(f"{line}\n{line[:40]}")
-    assert read_cells(tmp_path / "cells.jsonl") == [Result(Cell("lstm", 16, 0, ("a=1",)), {4: 0.5})]
+    assert read_cells(tmp_path / "cells.jsonl") == [Result(Cell("lstm", 16, 0, 0.1, ("a=1",)), {4: 0.5})]
     assert read_cells(tmp_path / "none.jsonl") == []
 
 
