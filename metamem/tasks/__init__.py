@@ -9,6 +9,12 @@ A task is built from the config's `task:` section (`name` picks it, the other ke
 A target of `IGNORE` (−100) is not asked: losses are means over the positions that are. A task that can be evaluated has
 
     task.evaluate(lambda inputs, targets: model(inputs).y, length=512)  # {"accuracy/pairs-8": 0.93, ...}
+
+A task that is several, one after the other along the outer steps, says which one a step trains (steps count from 1,
+tasks from 0), and draws from the one that it is told. Where two steps are of different tasks lies a boundary.
+
+    task.task_at(step)                                            # 0, 0, 0, 1, 1, 1, ...
+    task.sample(generator, batch, length, task=task.task_at(step))
 """
 
 from metamem.targets import IGNORE, accuracy
