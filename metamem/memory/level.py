@@ -41,7 +41,7 @@ class TokenLevel:
     - `transform`   T (`metamem.memory.transforms`); `step`: the size of a transformed step. η then weighs the tokens
                     inside T
     - `retention`   R -> weight (`losses.retention`)
-    - `weight_norm` columns of W keep the length that W_init gave them (LaCT, Zhang et al. 2025, section 3.2)
+    - `weight_norm` columns of W keep the length that W_init gave them (LaCT, Zhang et al. 2025)
     """
 
     name: str
