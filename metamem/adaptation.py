@@ -44,7 +44,7 @@ class Observed:
 class Session:
     """A model on a stream.
 
-    - `config`        its inner levels say which parameters move, its first step level with a loss per token that loss
+    - `config`        its inner levels say which parameters move, its first outer level with a loss per token that loss
     - `inner`         whether inner levels move parameters
     - `writing`       whether memories write; switched off, they recall their initial weights for ever
     - `reset_every`   tokens after which the model's state starts anew (the token before is still its input); None never
@@ -65,10 +65,10 @@ class Session:
     ) -> None:
         self.model, self.writing, self.reset_every, self.batch = model, writing, reset_every, batch
         objectives = resolve_objectives(config)
-        steps = [objectives[level.name] for level in config.hierarchy.levels if level.clock == "step"]
-        if not any(steps):
-            raise (config.hierarchy.where / "levels").error("no step level has an objective that is a loss per token")
-        self.objectives = next(filter(None, steps))
+        outer = [objectives[level.name] for level in config.hierarchy.levels if level.outer]
+        if not any(outer):
+            raise (config.hierarchy.where / "levels").error("no outer level has an objective that is a loss per token")
+        self.objectives = next(filter(None, outer))
         self.loop = InnerLoop(model, inner_levels(config, model) if inner else [])
         self.reset()
 

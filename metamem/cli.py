@@ -137,17 +137,20 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing."""
     resolved = load_checked(config, overrides)
     from metamem.config import tables
+    from metamem.hierarchy import calendar_of
     from metamem.training import build_task
 
     model = importlib.import_module("metamem.network").build(resolved)
+    task = build_task(resolved)
+    calendar = calendar_of(resolved, task)
     parameters = dict(model.named_parameters())
     owned = ownership(parameters, resolved.hierarchy)
     # Piped, the width is unknown, and 80 columns would break the names that one greps for.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(tables.network_tree(model, resolved.name))
     console.print(tables.hierarchy_table(resolved, owned, {name: p.numel() for name, p in parameters.items()}))
-    console.print(tables.schedule_table(resolved))
-    console.print(build_task(resolved).describe(), highlight=False)
+    console.print(tables.schedule_table(resolved, calendar))
+    console.print(task.describe(), highlight=False)
 
 
 @app.command()

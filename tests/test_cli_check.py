@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import metamem.cli as cli
 from metamem.config import load_config, ownership
 from metamem.config.tables import hierarchy_table, network_tree, schedule_table
+from metamem.hierarchy import calendar_of
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def test_tables() -> None:
     table = printed(hierarchy_table(config, owned, {name: p.numel() for name, p in parameters.items()}))
     assert "embed.**" in table and "blocks.{0,1}.memory.**" in table
     assert "416" in table  # 16·8 + 2·(8·8 + 8) + 8·16 + 16
-    assert "8,192 tokens" in printed(schedule_table(config))
+    assert "8,192 tokens" in printed(schedule_table(config, calendar_of(config)))
     tree = printed(network_tree(nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(3, 1)), "net"))
     assert "0 … 1  Linear  9  weight [3, 2]  bias [3], ×2" in tree and "2  Linear  4" in tree
 

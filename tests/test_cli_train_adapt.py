@@ -154,7 +154,7 @@ def test_a_text_of_one_byte_is_enough_to_adapt_to(trained):
         (["c.yaml", "network.modules.head.kind=linaer"], "there is no module kind 'linaer'; did you mean 'linear'?"),
         (["c.yaml", "vars.dim=9"], "dim 9 over 4 heads"),
         (["c.yaml", "hierarchy.levels.stream.unroll=null", "hierarchy.levels.stream.optimizer.lr=-1"], "at least 0"),
-        (["c.yaml", "hierarchy.groups.all.match=embed.**"], "belongs to no step level"),
+        (["c.yaml", "hierarchy.groups.all.match=embed.**"], "belongs to no outer level"),
         (
             ["c.yaml", "hierarchy.levels.task.objective={losses.outer.next_tokn: 1.0}"],
             "did you mean 'losses.outer.next_t",

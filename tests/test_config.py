@@ -136,7 +136,7 @@ def test_the_example_loads() -> None:
         (
             "lr: 3e-3",
             "lr: learned",
-            "c.yaml:33: hierarchy.levels[2] (task).optimizer.lr: a step level's rate must be a",
+            "c.yaml:33: hierarchy.levels[2] (task).optimizer.lr: an outer level's rate must be a",
         ),
         ("lr: 3e-3", "lr: .nan", "c.yaml:33: hierarchy.levels[2] (task).optimizer.lr: nan is not a finite number"),
         ("lr: 3e-3", "lr: -.inf", "optimizer.lr: -inf is not a finite number"),
@@ -162,7 +162,7 @@ def test_the_example_loads() -> None:
         (
             'body: {match: "**"',
             'body: {match: "blocks.**"',
-            "the parameter 'embed.weight' belongs to no step level; near",
+            "the parameter 'embed.weight' belongs to no outer level; near",
         ),
         ("vars: {dim: 8}", "vars: {dim: 8, dim: 9}", "c.yaml:2: dim: key given twice, first in line 2"),
         (

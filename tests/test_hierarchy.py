@@ -275,7 +275,7 @@ def test_learned_rates_are_slow_weights_with_an_owner():
     assert any(parameter is model.get_parameter("inner_rates.stream") for parameter in outer.parameters["task"])
     text = TINY + GROUPS % "" + inner_level(optimizer="{name: sgd, lr: learned}") + STEP_LEVEL
     orphan = config_of(text.replace('match: "**"', "match: [embed.**, mlp.**, norm.**, head.**]"))
-    with pytest.raises(ConfigError, match=r"the parameter 'inner_rates.stream' belongs to no step level"):
+    with pytest.raises(ConfigError, match=r"the parameter 'inner_rates.stream' belongs to no outer level"):
         OuterLevels(orphan, build(orphan))
 
 
@@ -396,7 +396,8 @@ def test_levels_of_one_objective_share_its_loss():
 
     values = levels.backward(loss)
     assert calls == [[next_token]] and values["quick"] == values["slow"]
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    gathered = [total for own in levels.gathered.values() for total in own.sums]
+    assert len(gathered) == len(list(model.parameters())) and all(total is not None for total in gathered)
 
 
 def test_a_slow_weight_that_is_frozen_stays():

@@ -1,4 +1,4 @@
-"""Objectives `aux.<glob>`: what a memory measured on the way, in the loss of a step level."""
+"""Objectives `aux.<glob>`: what a memory measured on the way, in the loss of an outer level."""
 
 import json
 
@@ -52,7 +52,8 @@ def test_what_a_glob_matches_is_added_to_the_loss_with_its_weight(glob, batch):
     expected = next_token(y, targets).mean() + 0.5 * aux["memory.surprise"].mean()
     expected.backward()
     assert values == pytest.approx({"task": expected.item()})
-    close(*({name: p.grad for name, p in m.named_parameters()} for m in (model, reference)))
+    mine = dict(zip([name for name, _ in model.named_parameters()], levels.gathered["task"].sums, strict=True))
+    close(mine, {name: p.grad for name, p in reference.named_parameters()})
     assert aux["memory.surprise"].requires_grad
 
 
@@ -61,11 +62,13 @@ def test_several_matches_count_by_their_mean(batch):
     model = build(config)
     weight = model.head.weight
     aux = {"a": weight.square(), "b.c": weight[0] * 3}
-    value = OuterLevels(config, model).backward(lambda objectives: pytest.fail("no loss per token"), aux)
+    levels = OuterLevels(config, model)
+    value = levels.backward(lambda objectives: pytest.fail("no loss per token"), aux)
     assert value["task"] == pytest.approx(weight.square().mean().item() + 3 * weight[0].mean().item())
     by_hand = 2 * weight / weight.numel()
     by_hand[0] += 3 / len(weight[0])
-    torch.testing.assert_close(weight.grad, by_hand)
+    gathered = dict(zip(levels.parameters["task"], levels.gathered["task"].sums, strict=True))
+    torch.testing.assert_close(gathered[weight], by_hand)
 
 
 def test_levels_differ_by_what_they_measure_too():
@@ -104,7 +107,8 @@ def test_a_session_needs_a_loss_per_token():
         list(session.objectives) == [next_token] and session.observe(torch.randint(7, (1, 5))).losses.isfinite().all()
     )
     config = measuring("{aux.**.surprise: 1.0}")
-    assert "no step level has an objective that is a loss per token" in error_of(lambda: Session(build(config), config))
+    text = error_of(lambda: Session(build(config), config))
+    assert "no outer level has an objective that is a loss per token" in text
 
 
 def test_it_comes_back_from_yaml_and_check_shows_it(tmp_path):

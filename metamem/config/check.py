@@ -13,7 +13,7 @@ from typing import Any
 from metamem.config.convert import convert
 from metamem.config.errors import Where, show, suggest
 from metamem.config.resolve import MEASURED, resolve_objective
-from metamem.config.schema import CLOCKS, Config, HierarchyConfig, LevelConfig, NetworkConfig
+from metamem.config.schema import CLOCKS, OUTER_CLOCKS, Config, HierarchyConfig, LevelConfig, NetworkConfig
 from metamem.globs import match_names, matches, nearest_names
 
 _RUN_NAME = re.compile(r"\w[\w.-]*")
@@ -98,7 +98,7 @@ def check_hierarchy(hierarchy: HierarchyConfig) -> None:
             )
     fast: dict[str, LevelConfig] = {}
     for level in hierarchy.levels:
-        for i, group in enumerate(level.groups if level.clock != "step" else []):
+        for i, group in enumerate([] if level.outer else level.groups):
             # Token levels add their components in one memory; an inner level would overwrite what they wrote.
             if group in fast and "inner" in (level.clock, fast[group].clock):
                 raise level.where.at("groups", i).error(
@@ -112,16 +112,17 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
     where = level.where
     wanted, unwanted = ("rule", "optimizer") if level.clock == "token" else ("optimizer", "rule")
     if getattr(level, unwanted) is not None:
-        raise (where / unwanted).error(f"a level with the clock {level.clock!r} has a {wanted}, not a {unwanted}")
+        has = "a rule, not an optimizer" if level.clock == "token" else "an optimizer, not a rule"
+        raise (where / unwanted).error(f"a level with the clock {level.clock!r} has {has}")
     if getattr(level, wanted) is None:
         raise (where / wanted).error(f"is missing: a level with the clock {level.clock!r} needs one")
     if not level.objective:
         raise (where / "objective").error("is empty: name at least one, as {losses.recall.mse: 1.0}")
-    if level.clock != "step":
+    if not level.outer:
         for path in level.objective:
             if path.startswith(MEASURED):
                 raise where.at("objective", path).error(
-                    f"{MEASURED}… is what memories measured on the way, which only a step level can add to its loss; "
+                    f"{MEASURED}… is what memories measured on the way, which only an outer level can add to its loss; "
                     f"a level with the clock {level.clock!r} learns from a loss per token, such as losses.recall.mse"
                 )
     if not level.groups:
@@ -135,7 +136,7 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
             raise where.at("groups", i).error(
                 f"a token level changes fast weights, but the group {group!r} has the scope 'meta' (sample, stream)"
             )
-    if level.clock == "step" and level.unroll is not None:
+    if level.outer and level.unroll is not None:
         raise (where / "unroll").error("is for inner levels: no gradient flows through outer steps")
     if level.unroll in (0, 1) and level.optimizer is not None and level.optimizer.lr == "learned":
         # The cut comes right after the update: with unroll 1 no loss sees the rate of any.
@@ -143,8 +144,8 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
             f"nothing learns this rate: with unroll {level.unroll} no outer gradient reaches it"
         )
     if (optimizer := level.optimizer) is not None:
-        if level.clock == "step" and optimizer.lr == "learned":
-            raise where.at("optimizer", "lr").error("a step level's rate must be a number: no level learns it")
+        if level.outer and optimizer.lr == "learned":
+            raise where.at("optimizer", "lr").error("an outer level's rate must be a number: no level learns it")
         if optimizer.name != "sgd" and optimizer.momentum:
             raise where.at("optimizer", "momentum").error(f"is sgd's; {optimizer.name} has betas")
         if optimizer.name == "sgd" and optimizer.betas != type(optimizer).betas:
@@ -168,13 +169,13 @@ def resolve_objectives(config: Config) -> dict[str, dict[Callable[..., Any], flo
 
 
 def measured_objectives(config: Config) -> dict[str, dict[str, float]]:
-    """Step level -> glob over the names of what memories measure -> weight: the objectives `aux.<glob>`."""
+    """Outer level -> glob over the names of what memories measure -> weight: the objectives `aux.<glob>`."""
     return {
         level.name: {
             path.removeprefix(MEASURED): weight for path, weight in level.objective.items() if path.startswith(MEASURED)
         }
         for level in config.hierarchy.levels
-        if level.clock == "step"
+        if level.outer
     }
 
 
@@ -204,25 +205,27 @@ def group_members(parameter_names: Iterable[str], hierarchy: HierarchyConfig) ->
 
 
 def ownership(parameter_names: Iterable[str], hierarchy: HierarchyConfig) -> dict[str, list[str]]:
-    """Step level -> the slow weights that are its own, in the model's order.
+    """Outer level -> the slow weights that are its own, in the model's order.
 
-    Each belongs to exactly one: the slowest step level with a group that matches it (the largest period; of equal ones
-    the later in the list). Raises `ConfigError` for a weight that none matches, a glob that matches nothing, and a
-    step level for which no weight is left.
+    Each belongs to exactly one: the slowest level with a group that matches it (by clock, then period; of equal ones
+    the later in the list). Raises `ConfigError` for a weight that none matches, a glob that matches nothing, and an
+    outer level for which no weight is left.
     """
     names = list(parameter_names)
     group_members(names, hierarchy)
-    levels = [level for level in hierarchy.levels if level.clock == "step"]
+    levels = [level for level in hierarchy.levels if level.outer]
     if not levels:
-        raise (hierarchy.where / "levels").error("no level has the clock 'step': nothing would train the slow weights")
+        raise (hierarchy.where / "levels").error(
+            f"no level has an outer clock ({', '.join(OUTER_CLOCKS)}): nothing would train the slow weights"
+        )
     owned: dict[str, list[str]] = {level.name: [] for level in levels}
     for name in names:
         matching = [i for i, level in enumerate(levels) if _matches(level, name, hierarchy)]
         if not matching:
             raise (hierarchy.where / "levels").error(
-                f"the parameter {name!r} belongs to no step level; nearest group: {_nearest_group(name, hierarchy)}"
+                f"the parameter {name!r} belongs to no outer level; nearest group: {_nearest_group(name, hierarchy)}"
             )
-        owned[levels[max(matching, key=lambda i: (levels[i].period, i))].name].append(name)
+        owned[levels[max(matching, key=lambda i: (levels[i].speed, i))].name].append(name)
     for level in levels:
         if not owned[level.name]:
             slower = sorted({key for key, own in owned.items() if own})

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from metamem.config.convert import ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.errors import Where
 
-Clock = Literal["token", "inner", "step"]
-CLOCKS: tuple[Clock, ...] = ("token", "inner", "step")  # fast to slow
+Clock = Literal["token", "inner", "step", "epoch", "task"]
+CLOCKS: tuple[Clock, ...] = ("token", "inner", "step", "epoch", "task")  # fast to slow
+OUTER_CLOCKS: tuple[Clock, ...] = ("step", "epoch", "task")  # of the levels that own slow weights
 
 Count = Annotated[int, Range(low=1)]
 Whole = Annotated[int, Range(low=0)]
@@ -82,7 +83,7 @@ class RuleConfig(Located):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Located):
-    """The optimizer of an `inner` or `step` level. `momentum` is sgd's; `betas` are those of adam and adamw."""
+    """The optimizer of an `inner` or an outer level. `momentum` is sgd's; `betas` are those of adam and adamw."""
 
     name: Literal["sgd", "adam", "adamw"]
     lr: NonNegative | Learned
@@ -113,6 +114,11 @@ class LevelConfig(Located):
         """What levels are ordered by, fast to slow: the clock, then the period."""
         return CLOCKS.index(self.clock), self.period
 
+    @property
+    def outer(self) -> bool:
+        """Whether the level owns slow weights."""
+        return self.clock in OUTER_CLOCKS
+
 
 @dataclass(frozen=True)
 class HierarchyConfig(Located):
@@ -130,13 +136,15 @@ class HierarchyConfig(Located):
 class TrainingConfig(Located):
     """Meta-training: `steps` outer steps over `batch` sequences of `length` tokens.
 
-    The rates of the step levels rise over `warmup` steps, then stay (`constant`) or fall to a twentieth (`cosine`).
+    An epoch is `steps_per_epoch` outer steps (null: the task's own, where its data have an end). The rates of the outer
+    levels rise over `warmup` steps, then stay (`constant`) or fall to a twentieth (`cosine`).
     A task that can be evaluated is, every `evaluate_every` steps and at the end (null: never).
     """
 
     steps: Count = 2000
     batch: Count = 16
     length: Count = 512
+    steps_per_epoch: Count | None = None
     warmup: Whole = 50
     schedule: Literal["constant", "cosine"] = "cosine"
     gradient_clip: Positive | None = 1.0

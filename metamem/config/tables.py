@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
 from metamem.config.schema import Config, LevelConfig, RuleConfig, to_dict
+
+if TYPE_CHECKING:
+    from metamem.hierarchy import Calendar
 
 
 def network_tree(model: Any, name: str = "network") -> Tree:
@@ -51,7 +55,7 @@ def _shape(module: Any) -> tuple[Any, ...]:
 
 
 def hierarchy_table(config: Config, owned: Mapping[str, list[str]], sizes: Mapping[str, int]) -> Table:
-    """Level, clock, period, objective, rule, groups, and the slow weights each step level owns.
+    """Level, clock, period, objective, rule, groups, and the slow weights each outer level owns.
 
     `owned` is what `ownership` returned, `sizes` parameter name -> number of elements.
     """
@@ -122,7 +126,7 @@ def _head(name: str) -> str:
     return parts[0] if index is None else ".".join(parts[: index + 2])
 
 
-def schedule_table(config: Config) -> Table:
+def schedule_table(config: Config, calendar: Calendar) -> Table:
     """How much is trained on, and how often each level moves."""
     training = config.training
     tokens = training.batch * training.length
@@ -130,8 +134,12 @@ def schedule_table(config: Config) -> Table:
     table.add_row("outer steps", f"{training.steps:,}, the first {training.warmup:,} of them warm-up")
     table.add_row("a step", f"{training.batch} sequences of {training.length} tokens = {tokens:,} tokens")
     table.add_row("in all", f"{training.steps * tokens:,} tokens of task {config.task['name']!r}")
+    for clock, steps in calendar.ends.items():
+        if clock != "step":
+            ended = sum(step <= training.steps for step in islice(steps, training.steps))
+            table.add_row(f"{clock}s that end", f"{ended:,}" + (f", the first after step {steps[0]:,}" * (ended > 0)))
     for level in config.hierarchy.levels:
-        length, unit = (training.steps, "in all") if level.clock == "step" else (training.length, "a sequence")
-        table.add_row(f"level {level.name}", f"{length // level.period:,} updates {unit}")
+        updates = len(calendar.firings(level)) if level.outer else training.length // level.period
+        table.add_row(f"level {level.name}", f"{updates:,} updates {'in all' if level.outer else 'a sequence'}")
     table.add_row("checkpoint", f"every {training.checkpoint_every:,} steps")
     return table

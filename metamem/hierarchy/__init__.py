@@ -1,23 +1,27 @@
 """The hierarchy of losses: which weights learn, from which loss, on which clock.
 
-- `token`   levels live inside the memories (`token_levels` makes them from a config)
-- `inner`   levels move parameters inside the forward pass: every `period` tokens a differentiable optimizer step on
-            that piece's loss (`InnerLoop`); the outer gradient flows through, for `unroll` updates
-- `outer`   step levels move the slow weights that they own (`OuterLevels`), each from its own objective, every `period`
-            steps
-- `objectives` what a level learns from: the loss of every token, and what memories measured on the way
+- `token`       levels live inside the memories (`token_levels` makes them from a config)
+- `inner`       levels move parameters inside the forward pass: every `period` tokens a differentiable optimizer step on
+                that piece's loss (`InnerLoop`); the outer gradient flows through, for `unroll` updates
+- `outer`       levels, on steps, epochs or tasks, move the slow weights that they own (`OuterLevels`), each by the mean
+                gradient of its own objective over its period
+- `calendar`    after which outer steps an epoch or a task ends
+- `objectives`  what a level learns from: the loss of every token, and what memories measured on the way
 """
 
+from metamem.hierarchy.calendar import Calendar, calendar_of
 from metamem.hierarchy.inner import InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, learned_rates
 from metamem.hierarchy.objectives import loss_per_token, measured_loss
 from metamem.hierarchy.outer import OuterLevels
 from metamem.hierarchy.token import token_levels
 
 __all__ = [
+    "Calendar",
     "InnerLevel",
     "InnerLoop",
     "InnerState",
     "OuterLevels",
+    "calendar_of",
     "inner_levels",
     "leaf_state",
     "learned_rates",

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from metamem.config import Config, LevelConfig, measured_objectives, ownership, resolve_objectives
+from metamem.hierarchy.calendar import Calendar, calendar_of
 from metamem.hierarchy.objectives import measured_loss
 from metamem.memory.signals import Objectives
 
 
-class OuterLevels:
-    """The step levels of a config: each owns slow weights, has an objective, an optimizer and a period."""
+@dataclass
+class Gathered:
+    """What a level has gathered since it last fired: the sum of its gradients, None where none came, and the steps."""
 
-    def __init__(self, config: Config, network: nn.Module) -> None:
+    sums: list[Tensor | None]
+    steps: int
+
+
+class OuterLevels:
+    """The outer levels of a config: each owns slow weights, and has an objective, an optimizer, a clock and a period.
+
+    A level gathers the gradient of its own objective over every outer step since it last fired, in a buffer of its own,
+    and fires where the calendar says so. Without a calendar it is the config's, for what it says of epochs.
+    """
+
+    def __init__(self, config: Config, network: nn.Module, calendar: Calendar | None = None) -> None:
         parameters = dict(network.named_parameters())
         owned, objectives = ownership(parameters, config.hierarchy), resolve_objectives(config)
-        self.levels = [level for level in config.hierarchy.levels if level.clock == "step"]
+        self.calendar = calendar_of(config) if calendar is None else calendar
+        self.levels = [level for level in config.hierarchy.levels if level.outer]
         self.parameters = {level.name: [parameters[name] for name in owned[level.name]] for level in self.levels}
         self.objectives = {level.name: objectives[level.name] for level in self.levels}
         self.measured = measured_objectives(config)
         self.optimizers = {level.name: _optimizer(level, self.parameters[level.name]) for level in self.levels}
+        self.gathered = {level.name: self._nothing(level) for level in self.levels}
 
     def distinct(self) -> Iterator[tuple[Objectives, dict[str, float], list[LevelConfig]]]:
         """The distinct objectives, of tokens and of what memories measured, with the levels that have each."""
@@ -44,33 +60,41 @@ class OuterLevels:
             value = measured_loss(measured, aux) + (loss(objectives) if objectives else 0.0)
             groups.append((torch.as_tensor(value), levels))
         for index, (value, levels) in enumerate(groups):
-            mine = [p for level in levels for p in self.parameters[level.name] if p.requires_grad]
-            gradients = torch.autograd.grad(value, mine, retain_graph=index + 1 < len(groups), allow_unused=True)
-            for parameter, gradient in zip(mine, gradients, strict=True):
+            owners = [(self.gathered[level.name], self.parameters[level.name]) for level in levels]
+            mine = [(own, i, p) for own, parameters in owners for i, p in enumerate(parameters) if p.requires_grad]
+            more = index + 1 < len(groups)
+            gradients = torch.autograd.grad(value, [p for *_, p in mine], retain_graph=more, allow_unused=True)
+            for (own, i, _), gradient in zip(mine, gradients, strict=True):
                 if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                    own.sums[i] = gradient if (before := own.sums[i]) is None else before + gradient
             values.update({level.name: float(value.detach()) for level in levels})
         return values
 
     def step(self, step: int, scale: float, clip: float | None) -> dict[str, float]:
-        """After outer step `step` (from 1): every level whose period ends here takes its optimizer's step on the mean
-        gradient of its period, the rate times `scale`; gives the gradient norm of each that did."""
+        """After outer step `step` (from 1): every level that fires takes its optimizer's step on the mean gradient of
+        the steps since it last did, the rate times `scale`; gives the gradient norm of each."""
         norms = {}
         for level in self.levels:
-            if step % level.period:
-                continue
-            parameters, optimizer = self.parameters[level.name], self.optimizers[level.name]
-            if level.period > 1:
-                for parameter in parameters:
-                    if parameter.grad is not None:
-                        parameter.grad /= level.period
-            norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
-            norms[level.name] = float(norm)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * scale
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            own = self.gathered[level.name]
+            own.steps += 1
+            if self.calendar.fires(level, step):
+                norms[level.name] = self._fire(level, own, scale, clip)
+                self.gathered[level.name] = self._nothing(level)
         return norms
+
+    def _fire(self, level: LevelConfig, own: Gathered, scale: float, clip: float | None) -> float:
+        parameters, optimizer = self.parameters[level.name], self.optimizers[level.name]
+        for parameter, total in zip(parameters, own.sums, strict=True):
+            parameter.grad = None if total is None else total / own.steps
+        norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def _nothing(self, level: LevelConfig) -> Gathered:
+        return Gathered([None] * len(self.parameters[level.name]), 0)
 
 
 def _optimizer(level: LevelConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -11,10 +11,15 @@ A target of `IGNORE` (−100) is not asked: losses are means over the positions 
     task.evaluate(lambda inputs, targets: model(inputs).y, length=512)  # {"accuracy/pairs-8": 0.93, ...}
 
 A task that is several, one after the other along the outer steps, says which one a step trains (steps count from 1,
-tasks from 0), and draws from the one that it is told. Where two steps are of different tasks lies a boundary.
+tasks from 0), and draws from the one that it is told. Where two steps are of different tasks lies a boundary, at which
+levels on the clock `task` fire.
 
     task.task_at(step)                                            # 0, 0, 0, 1, 1, 1, ...
     task.sample(generator, batch, length, task=task.task_at(step))
+
+A task whose data have an end says in how many outer steps as much is read, for levels on the clock `epoch`:
+
+    task.steps_per_epoch(batch=16, length=512)
 """
 
 from metamem.targets import IGNORE, accuracy

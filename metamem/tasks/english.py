@@ -20,6 +20,7 @@ editors' notes and typesetting marks are taken out. Spelling, punctuation and mi
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from functools import lru_cache
 from importlib import import_module
@@ -116,6 +117,10 @@ class English:
     ) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
         """`batch` random windows of the training text: inputs, and the targets one byte on."""
         return sample_windows(self._train, generator, batch, length, self.respell_probability, self.respell_letters)
+
+    def steps_per_epoch(self, batch: int, length: int) -> int:
+        """The steps in which as many bytes are read as the training text has."""
+        return math.ceil(len(self._train) / (batch * length))
 
     def describe(self) -> str:
         """Which texts are trained on, validated on and streamed, with their sizes; one line each."""

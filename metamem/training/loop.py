@@ -1,4 +1,4 @@
-"""Meta-training: the outer loop over a config's step levels, through the inner updates of its other levels."""
+"""Meta-training: the outer loop over a config's outer levels, through the inner updates of its other levels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import metamem.tasks  # noqa: F401  (fills the registry)
 from metamem.config import Config, UserError
-from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, loss_per_token
+from metamem.hierarchy import InnerLoop, OuterLevels, calendar_of, inner_levels, loss_per_token
 from metamem.memory.base import Out
 from metamem.memory.signals import Objectives
 from metamem.network import Network, build
@@ -36,7 +36,7 @@ class Diverged(UserError):
 
 @dataclass(frozen=True)
 class Progress:
-    """One outer step, for a progress bar: loss in nats per token of each step level, tokens per second so far."""
+    """One outer step, for a progress bar: loss in nats per token of each outer level, tokens per second so far."""
 
     step: int
     steps: int
@@ -74,12 +74,11 @@ def train(
         torch.set_num_threads(settings.threads)
     task = build_task(config) if task is None else task
     model = build(config)
-    outer = OuterLevels(config, model)
+    outer = OuterLevels(config, model, calendar_of(config, task))
     forward = _forward(config, model)
     every = settings.evaluate_every
     evaluate = None if every is None else _evaluation(config, model, task, forward)
-    generator = torch.Generator().manual_seed(config.seed)
-    batches = (task.sample(generator, settings.batch, settings.length) for _ in range(settings.steps))
+    batches = _batches(config, task)
     first = next(batches)
 
     folder = create_run(config, root)
@@ -119,6 +118,14 @@ def load_run(folder: Path) -> tuple[Network, Config]:
     return model, config
 
 
+def _batches(config: Config, task: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of every outer step, from the task that it is in where a task is several."""
+    settings, generator = config.training, torch.Generator().manual_seed(config.seed)
+    for step in range(1, settings.steps + 1):
+        which = {"task": task.task_at(step)} if hasattr(task, "task_at") else {}
+        yield task.sample(generator, settings.batch, settings.length, **which)
+
+
 def _forward(config: Config, model: Network) -> Callable[[Tensor, Tensor], Out]:
     """The model over a batch (inputs, targets), through the inner levels that meta-training unrolls."""
     levels = [level for level in inner_levels(config, model) if level.unroll != 0]
@@ -155,7 +162,7 @@ def _loss(pred: Tensor, targets: Tensor, objectives: Objectives) -> Tensor:
 
 
 def _schedule(config: Config, step: int) -> float:
-    """The share of its rate that a step level uses at an outer step."""
+    """The share of its rate that an outer level uses at an outer step."""
     settings = config.training
     warm = min(1.0, step / settings.warmup) if settings.warmup else 1.0
     if settings.schedule == "constant":
