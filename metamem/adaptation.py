@@ -63,6 +63,8 @@ class Session:
         reset_every: int | None = None,
         batch: int = 1,
     ) -> None:
+        if model.dim_in is not None:
+            raise UserError(f"a session reads tokens, and this model {model.dim_in} numbers at a time; call the model")
         self.model, self.writing, self.reset_every, self.batch = model, writing, reset_every, batch
         objectives = resolve_objectives(config)
         outer = [objectives[level.name] for level in config.hierarchy.levels if level.outer]

@@ -40,6 +40,7 @@ def overrides(tmp_path):
         settings = [f"vars.{name}={size}" for name, size in SMALL.items() if name in config.vars]
         settings += ["training.steps=2", "training.batch=2", "training.length=16", "training.warmup=0"]
         task = {"english": [f"task.path={text}"], "associative_recall": ["task.pairs=[1, 4]", "task.examples=3"]}
+        task["drift"] = ["task.stream=64", "task.examples=2"]
         return settings + task.get(config.task["name"], [])
 
     return of
@@ -68,6 +69,9 @@ def run(path, overrides, folder):
     trained = train(config, folder, task=build_task(config))
     assert trained.step == 2
     model, config = load_run(trained.folder)
+    if model.dim_in is not None:  # of numbers, which no session reads
+        assert model(torch.randn(1, 8, model.dim_in)).y.isfinite().all()
+        return trained
     session = Session(model, config)
     period = session.loop.piece or 8
     observed = session.observe(torch.randint(model.dim_out, (1, period)))

@@ -32,6 +32,7 @@ DEFAULTS = {
     "window": 1,
     "transform": "none",
     "step": 1.0,
+    "step_rule": "explicit",
     "weight_norm": False,
     "retention": {},
     "lr": "learned",
@@ -43,7 +44,7 @@ DEFAULTS = {
 MEMORY_SETTINGS = ("network", "hidden", "residual_norm", "bias", "signal_at", "writes", "chunk")
 LEVEL_SETTINGS = (
     *("period", "window", "transform", "step", "weight_norm", "signal"),
-    *("lr", "momentum", "forget", "forget_to"),
+    *("lr", "momentum", "forget", "forget_to", "step_rule"),
 )
 OBJECTIVES = ("mse", "lp", "l1", "huber", "dot_product", "cosine")
 TABLE = {
@@ -82,6 +83,7 @@ TABLE = {
         "to init": {"forget": "learned"},
         "to zero": {"forget": "learned", "forget_to": "zero"},
     },
+    "step rule": {"explicit": {}, "implicit": {"step_rule": "implicit"}},
     "levels": {"one": {}, "two": {"levels": 2}},
 }
 NOT_LINEAR = tuple(name for name in TABLE["network"] if name != "linear")
@@ -97,6 +99,13 @@ EXCLUDED = {
     frozenset([("network", "module"), ("signal", "predicted_targets")]),
     *(frozenset([("network", name), ("signal at", at)]) for name in NOT_LINEAR for at in ("token", "decayed")),
     *(frozenset([("network", name), ("writes", "in_turn")]) for name in NOT_LINEAR),
+    *(frozenset([("network", name), ("step rule", "implicit")]) for name in NOT_LINEAR),
+    frozenset([("signal", "hebbian"), ("step rule", "implicit")]),
+    *(
+        frozenset([("step rule", "implicit"), ("signal", "backprop"), ("objective", name), ("network", "linear")])
+        for name in OBJECTIVES
+        if name != "mse"
+    ),
     frozenset([("writes", "in_turn"), ("signal at", "chunk")]),
     frozenset([("writes", "in_turn"), ("momentum", "learned"), ("period", "1")]),
     *(frozenset([("signal at", at), ("window", window)]) for at in AT_TOKENS for window in ("chunk", "7")),

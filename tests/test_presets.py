@@ -185,6 +185,16 @@ def momentum_delta_rule(token):
     return Held(reads, [M.mT], [S.mT])
 
 
+def longhorn(token):
+    """Liu et al. 2024 (2407.14207): S ← argmin_S' ‖S' − S‖² + β ‖S' k − v‖², by the system that its gradient gives."""
+    S, reads = token.start[0].mT, []
+    for k, v, q, beta in zip(token.k, token.v, token.q, token.rate, strict=True):
+        system = torch.eye(WIDTH) + beta * torch.outer(k, k)
+        S = torch.linalg.solve(system, S + beta * torch.outer(v, k), left=False)
+        reads.append(S @ q)
+    return Held(reads, [S.mT])
+
+
 # Networks and their gradients
 
 
@@ -351,6 +361,7 @@ CASES = {
     "delta_product-no-gate": Case(
         "delta_product", householder_product, overrides=("hierarchy.levels.surprise.rule.forget=0",)
     ),
+    "longhorn": Case("longhorn", longhorn, lambda x: x),
     "momentum_delta": Case("momentum_delta", momentum_delta_rule),
     "ttt_linear": Case("ttt_linear", mini_batch_descent(residual_linear), unit),
     "ttt_mlp": Case("ttt_mlp", mini_batch_descent(residual_mlp), unit),

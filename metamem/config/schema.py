@@ -62,9 +62,10 @@ class GroupConfig(Located):
 class RuleConfig(Located):
     """The update rule of a fast level: `S = momentum S - lr (in x signal)`, `D = (1 - forget) D + S`.
 
-    A learned `lr` lies in (0, `lr_max`). A step descends on the objective of the last `window` tokens. At the boundary
-    of a period above 1 the step may be `step` times a `transform` of S, be pulled by `retention` (dotted path: weight),
-    and keep the length of each column of W (`weight_norm`).
+    A learned `lr` lies in (0, `lr_max`); learned gates are functions of the token, or static numbers. The steps of a
+    linear memory may be implicit or normalized. A step descends on the objective of the last `window` tokens. At the
+    boundary of a period above 1 it may be `step` times a `transform` of S, be pulled by `retention` (dotted path:
+    weight), and keep the length of each column of W (`weight_norm`).
     """
 
     signal: Literal["backprop", "predicted_targets", "hebbian"] = "backprop"
@@ -73,7 +74,10 @@ class RuleConfig(Located):
     momentum: Fraction | Learned = 0.0
     forget: Fraction | Learned = 0.0
     forget_to: Literal["init", "zero"] = "init"
+    gates: Literal["token", "static"] = "token"
+    forget_start: Annotated[float, Range(above=0, below=1)] = 0.01
     reduction: Literal["sum", "mean"] = "sum"
+    step_rule: Literal["explicit", "implicit", "normalized"] = "explicit"
     window: Count = 1
     transform: Literal["none", "sign", "clip", "rmsprop", "adam", "muon"] = "none"
     step: Positive = 1.0

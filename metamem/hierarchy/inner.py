@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 import torchopt
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -119,7 +119,7 @@ class InnerLoop:
         moved = [value + rate * direction for value, rate, direction in moves]
         return InnerState(dict(zip(level.members, moved, strict=True)), optimizer, state.updates + 1)
 
-    def run(self, inputs: Int[Tensor, "batch time"], targets: Int[Tensor, "batch time"]) -> Out:
+    def run(self, inputs: Num[Tensor, "batch time *dim"], targets: Num[Tensor, "batch time *features"]) -> Out:
         """The network over fresh sequences, the inner updates on the way, with the graph through them for an outer
         gradient: predictions [batch, time, vocabulary], the memories' state, and what they measured."""
         states, memory = self.init(), None

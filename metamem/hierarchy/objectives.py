@@ -8,23 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from metamem.globs import match_names
 from metamem.memory.signals import Objectives
-from metamem.targets import asked
+from metamem.targets import Targets, asked
 
 
 def loss_per_token(
-    objectives: Objectives, pred: Float[Tensor, "*tokens vocabulary"], target: Int[Tensor, "*tokens"]
+    objectives: Objectives, pred: Float[Tensor, "*tokens vocabulary"], target: Targets
 ) -> Float[Tensor, "*tokens"]:
     """Σ weight · objective(pred, target); 0 at the positions that are not asked, which no objective sees."""
     wanted = asked(target)
     if wanted.all():
         return torch.stack([weight * objective(pred, target) for objective, weight in objectives.items()]).sum(0)
     losses = loss_per_token(objectives, pred[wanted], target[wanted])
-    return losses.new_zeros(target.shape).masked_scatter(wanted, losses)
+    return losses.new_zeros(wanted.shape).masked_scatter(wanted, losses)
 
 
 def measured_loss(measured: Mapping[str, float], aux: Mapping[str, Tensor]) -> Tensor | float:

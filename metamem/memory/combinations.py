@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from metamem.memory import delta_rule
+from metamem.memory import delta_rule, step_rule
 from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.networks import ACTIVATIONS, NETWORKS
 
@@ -53,6 +53,7 @@ def check(
     for level in levels:
         _check_period(level, chunk)
         _check_window(level, chunk, signal_at)
+        step_rule.check(level, to_linear)
         if level.signal == "hebbian" and to_linear:
             raise ValueError(
                 f"level {level.name!r}: a hebbian signal, the value itself, has no place in a hidden layer or before a "

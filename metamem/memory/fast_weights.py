@@ -42,8 +42,11 @@ from metamem.memory.feature_maps import FeatureMap
 from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.module_network import ModuleNetwork
 from metamem.memory.networks import NETWORKS, MemoryNetwork, Weights
+from metamem.memory.projections import Projections
+from metamem.memory.projections import check as check_projections
 from metamem.memory.reader import Reader
 from metamem.memory.schedule import Run, known_positions, schedule
+from metamem.memory.step_rule import stepped
 from metamem.memory.writer import Writer, Writes
 from metamem.state import State
 
@@ -75,6 +78,8 @@ class FastWeights(Memory):
                       dotted path of an nn.Module of your own (`metamem.memory.module_network`)
     - `hidden`        widths of the hidden layers, or `expansion`, the same as multiples of d_key; neither: linear
     - `initial`       W_init starts `normal` or at `zero`; it is a slow weight either way
+    - `projections`   to keys, values and queries are `learned`; or `none`: the input is [query, key, value], what is
+                      read the output, as it is (`metamem.memory.projections`); all heads have the same key and query
     - `feature_map`   of keys and queries (`metamem.memory.feature_maps`)
     - `chunk`         tokens per chunk
     - `writers`       writes of a token and head, `together` at the same weights or `in_turn`; `readers`: queries
@@ -99,6 +104,7 @@ class FastWeights(Memory):
         bias: bool = False,
         residual_norm: bool = False,
         initial: Literal["normal", "zero"] = "normal",
+        projections: Projections = "learned",
         feature_map: FeatureMap = "unit",
         chunk: int = 64,
         signal_at: SignalAt = "chunk",
@@ -117,18 +123,19 @@ class FastWeights(Memory):
         widths = "expansion" if expansion else "hidden"
         hidden = hidden or [round(share * d_key) for share in expansion]
         self.dim, self.heads, self.chunk, self.executor = dim, heads, chunk, executor
-        self.dim_in = self.dim_out = dim
+        self.dim_in, self.dim_out = dim, dim if projections == "learned" else heads * d_value
         self.signal_at: SignalAt = signal_at
         self.compile_chunk = compile_chunk
         self.readers, self.in_turn = readers, writes == "in_turn"
         self.levels = tuple(levels)
         dims = (d_key, *hidden, d_value)
+        check_projections(projections, dim, heads, d_key, d_value, writers, readers)
         check(network, dims, activation, residual_norm, bias, self.levels, chunk, signal_at, writes, widths)
         self.network: MemoryNetwork = (
             NETWORKS[network](dims, activation, bias) if network in NETWORKS else ModuleNetwork(network, d_key, d_value)
         )
-        self.writer = Writer(dim, heads, d_key, d_value, self.levels, writers, feature_map)
-        self.reader = Reader(dim, heads, d_key, d_value, readers, feature_map)
+        self.writer = Writer(dim, heads, d_key, d_value, self.levels, writers, feature_map, projections)
+        self.reader = Reader(dim, heads, d_key, d_value, readers, feature_map, projections)
         weights = self.network.initial_weights(heads)
         self.init = nn.ParameterList([torch.zeros_like(w) for w in weights] if initial == "zero" else weights)
         if residual_norm:
@@ -173,11 +180,12 @@ class FastWeights(Memory):
         positions = [0] if state is None else known_positions(state["position"], clocks)
         state = self.init_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
-            return Out(x.clone(), state, {"surprise": x.new_zeros(x.shape[:2])})
+            return Out(x.new_zeros(*x.shape[:2], self.dim_out), state, {"surprise": x.new_zeros(x.shape[:2])})
         with torch.autocast(x.device.type, enabled=False):
             init = self._init()
             x = x.to(self.init[0].dtype)  # under autocast, a layer before may give less
             writes, queries = self.writer(x, init[0].dtype), self.reader.query(x, init[0].dtype)
+            writes = stepped(self.levels, self.network, writes)
             components = [from_state(state["levels"][level.name]) for level in self.levels]
             rest, components = fold(self.levels, init, components)
             anchor = in_order(state["anchor"]) if "anchor" in state else None

@@ -13,8 +13,11 @@ from metamem.memory.signals import Objective, Signal
 
 Learned = Literal["learned"]
 SignalAt = Literal["chunk", "token", "decayed"]
+StepRule = Literal["explicit", "implicit", "normalized"]
+GateInput = Literal["token", "static"]
 TransformName = Literal["none", "sign", "clip", "rmsprop", "adam", "muon"]
 Retention = Callable[[Tensor, Tensor], Tensor]  # (weights, initial weights) -> loss per matrix
+LEARNED_FORGET = 0.01  # where a learned forgetting starts
 SCALE_FREE = ("sign", "rmsprop", "adam", "muon")  # transforms that do not know the size of what they are given
 
 
@@ -34,8 +37,11 @@ class TokenLevel:
                     with signals at its start act at once: of unit keys, rates up to about 1 / C are stable
     - `momentum`    β: `learned` per token and head, or a constant in [0, 1); 0 keeps no momentum
     - `forget`      1 − α: `learned` per token and head, or a constant in [0, 1); 0 forgets nothing
+    - `gates`       learned η, β, α are functions of the `token`, or `static`: one number a head (η: a head and writer)
+    - `forget_start`  where a learned 1 − α starts: at first Δ halves in about 0.7 / `forget_start` moves
     - `forget_to`   `init`: what is forgotten returns to W_init; `zero`: W_init is forgotten too
     - `reduction`   of the products over a period: `sum`, or `mean` (a rate that does not depend on the period)
+    - `step_rule`   of η in a linear memory: `explicit`, `implicit` or `normalized` (`metamem.memory.step_rule`)
     - `window`      a token's step descends on the objective of the last `window` tokens (Atlas, Behrouz et al. 2025,
                     eq. 9), all at the chunk's weights; 1: on its own
     - `transform`   T (`metamem.memory.transforms`); `step`: the size of a transformed step. η then weighs the tokens
@@ -52,8 +58,11 @@ class TokenLevel:
     momentum: float | Learned = 0.0
     forget: float | Learned = 0.0
     forget_to: Literal["init", "zero"] = "init"
+    gates: GateInput = "token"
+    forget_start: float = LEARNED_FORGET
     reduction: Literal["sum", "mean"] = "sum"
     signal: Signal = "backprop"
+    step_rule: StepRule = "explicit"
     window: int = 1
     transform: TransformName = "none"
     step: float = 1.0
@@ -64,10 +73,11 @@ class TokenLevel:
         """Raises ValueError for a setting out of its range, or that another one leaves without effect."""
         if not self.objectives:
             raise ValueError(f"level {self.name!r} has no objective")
-        for choice, known in (("signal", Signal), ("transform", TransformName)):
+        choices = ("signal", Signal), ("transform", TransformName), ("step_rule", StepRule), ("gates", GateInput)
+        for choice, known in choices:
             if getattr(self, choice) not in get_args(known):
-                choices = ", ".join(get_args(known))
-                raise ValueError(f"level {self.name!r}: there is no {choice} {getattr(self, choice)!r} ({choices})")
+                names = ", ".join(get_args(known))
+                raise ValueError(f"level {self.name!r}: there is no {choice} {getattr(self, choice)!r} ({names})")
         for count in ("period", "window"):
             if getattr(self, count) < 1:
                 raise ValueError(f"level {self.name!r}: {count} must be at least 1, not {getattr(self, count)}")
@@ -81,7 +91,22 @@ class TokenLevel:
         ):
             if value != "learned" and (isinstance(value, str) or not 0 <= value < below):
                 raise ValueError(f"level {self.name!r}: {gate} must be 'learned' or in [0, {below}), not {value!r}")
+        self._check_learned()
         self._check_boundary()
+
+    def _check_learned(self) -> None:
+        if not 0 < self.forget_start < 1:
+            raise ValueError(f"level {self.name!r}: forget_start must be in (0, 1), not {self.forget_start}")
+        if self.forget != "learned" and self.forget_start != LEARNED_FORGET:
+            raise ValueError(
+                f"level {self.name!r}: forget_start is where a learned forgetting starts, and this one is "
+                f"{self.forget}; set forget to 'learned', or forget_start to {LEARNED_FORGET}"
+            )
+        if self.gates == "static" and "learned" not in (self.lr, self.momentum, self.forget):
+            raise ValueError(
+                f"level {self.name!r}: gates 'static' are learned numbers, and this level learns none; "
+                f"set gates to 'token', or lr to 'learned'"
+            )
 
     def _check_boundary(self) -> None:
         for setting, given, none in (

@@ -45,6 +45,14 @@ def output_error(objectives: Objectives, pred: Tokens, target: Tokens) -> Tokens
     return torch.stack(errors).sum(0) if len(errors) > 1 else errors[0]
 
 
+def squared_error(objectives: Objectives) -> float | None:
+    """The c of objectives whose gradient is c (pred − target), as squared errors have it; None of others."""
+    pred, target = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64).view(2, 1, 6)
+    weight = float(sum(objectives.values()))
+    same = torch.allclose(output_error(objectives, pred, target), weight * (pred - target))
+    return weight if same else None
+
+
 def at_layers(
     signal: Signal,
     objectives: Objectives,

@@ -15,9 +15,9 @@ from torch.nn import functional
 from metamem.memory.feature_maps import FEATURE_MAPS, FeatureMap
 from metamem.memory.level import TokenLevel
 from metamem.memory.product import Projection
+from metamem.memory.projections import Part, Projections
 
-LEARNED_FORGET = 0.01  # where a learned gate starts: 1 − α
-LEARNED_MOMENTUM = 0.5  # β
+LEARNED_MOMENTUM = 0.5  # where a learned β starts
 
 
 class Gates(NamedTuple):
@@ -36,6 +36,18 @@ class Writes(NamedTuple):
     gates: dict[str, Gates]
 
 
+class _StaticGate(nn.Module):
+    """A linear layer without its matrix: the same logits for every token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens width"]:
+        """The bias, for every token."""
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
 class Writer(nn.Module):
     """`writers` writers per head: k = φ(x W_k), v = x W_v, η, β, α = gates of x per level; φ the feature map."""
 
@@ -48,12 +60,16 @@ class Writer(nn.Module):
         levels: Sequence[TokenLevel],
         writers: int = 1,
         feature_map: FeatureMap = "unit",
+        projections: Projections = "learned",
     ) -> None:
         super().__init__()
         self.feature_map: FeatureMap = feature_map
         self.heads, self.writers, self.levels = heads, writers, tuple(levels)
-        self.keys = Projection(dim, heads * writers * d_key)
-        self.values = Projection(dim, heads * writers * d_value)
+        if projections == "none":
+            self.keys, self.values = Part(d_key, d_key, heads), Part(2 * d_key, heads * d_value)
+        else:
+            self.keys = Projection(dim, heads * writers * d_key)
+            self.values = Projection(dim, heads * writers * d_value)
         self.gates = nn.ModuleDict({level.name: self._gate_projection(dim, level) for level in self.levels})
 
     def _gate_projection(self, dim: int, level: TokenLevel) -> nn.ModuleDict:
@@ -61,15 +77,14 @@ class Writer(nn.Module):
         starts = {
             "lr": (level.lr, self.heads * self.writers, 0.0),
             "momentum": (level.momentum, self.heads, _logit(LEARNED_MOMENTUM)),
-            "forget": (level.forget, self.heads, _logit(LEARNED_FORGET)),
+            "forget": (level.forget, self.heads, _logit(level.forget_start)),
         }
         projections = nn.ModuleDict()
         for gate, (setting, width, start) in starts.items():
             if setting == "learned":
-                linear = nn.Linear(dim, width)
-                nn.init.zeros_(linear.weight)
-                nn.init.constant_(linear.bias, start)
-                projections[gate] = linear
+                projections[gate] = _StaticGate(width) if level.gates == "static" else nn.Linear(dim, width)
+                for name, parameter in projections[gate].named_parameters():
+                    nn.init.constant_(parameter, start if name == "bias" else 0.0)
         return projections
 
     def forward(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Writes:

@@ -6,7 +6,8 @@ A task is built from the config's `task:` section (`name` picks it, the other ke
     inputs, targets = task.sample(torch.Generator().manual_seed(0), batch=16, length=512)
     for name, text in task.streams().items(): ...
 
-A target of `IGNORE` (−100) is not asked: losses are means over the positions that are. A task that can be evaluated has
+A target of `IGNORE` (−100), or one of numbers with a nan among them, is not asked: losses are means over the positions
+that are. A task that can be evaluated has
 
     task.evaluate(lambda inputs, targets: model(inputs).y, length=512)  # {"accuracy/pairs-8": 0.93, ...}
 
@@ -25,6 +26,7 @@ A task whose data have an end says in how many outer steps as much is read, for 
 from metamem.targets import IGNORE, accuracy
 from metamem.tasks.associative_recall import AssociativeRecall
 from metamem.tasks.dictionary import Dictionary
+from metamem.tasks.drift import Drift
 from metamem.tasks.english import English
 from metamem.tasks.text import TaskError, load_text, respell, sample_windows, split_text, to_bytes
 
@@ -32,6 +34,7 @@ __all__ = [
     "IGNORE",
     "AssociativeRecall",
     "Dictionary",
+    "Drift",
     "English",
     "TaskError",
     "accuracy",
