@@ -40,6 +40,9 @@ def overrides(tmp_path):
         settings = [f"vars.{name}={size}" for name, size in SMALL.items() if name in config.vars]
         settings += ["training.steps=2", "training.batch=2", "training.length=16", "training.warmup=0"]
         task = {"english": [f"task.path={text}"], "associative_recall": ["task.pairs=[1, 4]", "task.examples=3"]}
+        texts = [str(text), str(write_text(tmp_path / "other.txt", 3000))]
+        task["two_clock"] = [f"task.sources={texts}", "task.fast=8", "task.slow=32", "task.stream=40"]
+        task["continual"] = [f"task.sources={texts}", "task.steps_per_task=1", "task.examples=2"]
         task["drift"] = ["task.stream=64", "task.examples=2"]
         return settings + task.get(config.task["name"], [])
 

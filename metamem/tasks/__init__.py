@@ -18,6 +18,10 @@ levels on the clock `task` fire.
     task.task_at(step)                                            # 0, 0, 0, 1, 1, 1, ...
     task.sample(generator, batch, length, task=task.task_at(step))
 
+It is evaluated at each boundary too, and before the first step; and may say what all evaluations come to:
+
+    task.summarise({0: {...}, 200: {...}, 400: {...}})            # {"backward_transfer": -0.4, ...}
+
 A task whose data have an end says in how many outer steps as much is read, for levels on the clock `epoch`:
 
     task.steps_per_epoch(batch=16, length=512)
@@ -25,18 +29,22 @@ A task whose data have an end says in how many outer steps as much is read, for 
 
 from metamem.targets import IGNORE, accuracy
 from metamem.tasks.associative_recall import AssociativeRecall
+from metamem.tasks.continual import Continual
 from metamem.tasks.dictionary import Dictionary
 from metamem.tasks.drift import Drift
 from metamem.tasks.english import English
 from metamem.tasks.text import TaskError, load_text, respell, sample_windows, split_text, to_bytes
+from metamem.tasks.two_clock import TwoClock
 
 __all__ = [
     "IGNORE",
     "AssociativeRecall",
+    "Continual",
     "Dictionary",
     "Drift",
     "English",
     "TaskError",
+    "TwoClock",
     "accuracy",
     "load_text",
     "respell",

@@ -76,14 +76,16 @@ def train(
     model = build(config)
     outer = OuterLevels(config, model, calendar_of(config, task))
     forward = _forward(config, model)
-    every = settings.evaluate_every
-    evaluate = None if every is None else _evaluation(config, model, task, forward)
+    evaluated_after = _evaluated_after(config, task)
+    evaluate = _evaluation(config, model, task, forward) if evaluated_after else None
     batches = _batches(config, task)
     first = next(batches)
 
     folder = create_run(config, root)
     step, saved, started = 0, 0, time.perf_counter()
     with closing(Metrics(folder / METRICS)) as metrics, interruptible() as interrupted:
+        if evaluate is not None and 0 in evaluated_after:
+            metrics.log(kind="evaluation", step=0, **evaluate(0))
         for step, (inputs, targets) in enumerate(chain([first], batches), start=1):
             out = forward(inputs, targets)
             losses = outer.backward(partial(_loss, out.y, targets), out.aux)
@@ -99,8 +101,8 @@ def train(
                 metrics.log(kind="train", step=step, seconds=round(seconds, 3), tokens_per_second=round(rate), **row)
             if progress is not None:
                 progress(Progress(step, settings.steps, losses, rate))
-            if evaluate is not None and every is not None and (step % every == 0 or step == settings.steps):
-                metrics.log(kind="evaluation", step=step, **evaluate())
+            if evaluate is not None and step in evaluated_after:
+                metrics.log(kind="evaluation", step=step, **evaluate(step))
             stop = bool(interrupted)  # asked once: a key pressed later stops the next step, with its checkpoint
             if stop or step == settings.steps or step % settings.checkpoint_every == 0:
                 save_checkpoint(model, config, step, folder / CHECKPOINT)
@@ -135,24 +137,38 @@ def _forward(config: Config, model: Network) -> Callable[[Tensor, Tensor], Out]:
     return lambda inputs, targets: run(inputs)
 
 
+def _evaluated_after(config: Config, task: Any) -> set[int]:
+    """The outer steps after which the model is evaluated: every so many, the last, and, where a task is several, the
+    last of each of them and none, before any."""
+    steps, every = config.training.steps, config.training.evaluate_every
+    if every is None:
+        return set()
+    after = {*range(every, steps + 1, every), steps}
+    if hasattr(task, "task_at"):
+        after |= {0, *(step for step in range(1, steps) if task.task_at(step) != task.task_at(step + 1))}
+    return after
+
+
 def _evaluation(
     config: Config, model: Network, task: Any, forward: Callable[[Tensor, Tensor], Out]
-) -> Callable[[], dict[str, float]]:
-    """The task's evaluation of the model as it is trained."""
-    settings = config.training
+) -> Callable[[int], dict[str, float]]:
+    """The task's evaluation of the model after an outer step; after the last, with its summary of all evaluations,
+    where it has one."""
+    settings, made = config.training, dict[int, dict[str, float]]()
     if not hasattr(task, "evaluate"):
         raise (settings.where / "evaluate_every").error(f"the task {config.task['name']!r} has no evaluation; set null")
 
     def predict(inputs: Tensor, targets: Tensor) -> Tensor:
         return forward(inputs, targets).y.detach()
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step: int) -> dict[str, float]:
         model.eval()
         # An inner level that training unrolls takes its gradients inside.
         with torch.set_grad_enabled(any(level.unroll != 0 for level in inner_levels(config, model))):
             found = task.evaluate(predict, settings.length)
         model.train()
-        return found
+        made[step] = found
+        return found | task.summarise(made) if step == settings.steps and hasattr(task, "summarise") else found
 
     return evaluate
 
