@@ -8,9 +8,12 @@ losses = session.observe(tokens).losses
 
 from metamem.adaptation import Observed, Session
 from metamem.config import Config, ConfigError, UserError, load_config
+from metamem.controllers.base import Controller
 from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, token_levels
 from metamem.memory.base import Memory, Out
+from metamem.memory.cell import MemoryCell
 from metamem.memory.fast_weights import FastWeights
+from metamem.memory.gated_residual import GatedResidual
 from metamem.memory.level import TokenLevel
 from metamem.network import Network, build
 from metamem.registry import MODULES, TASKS
@@ -21,8 +24,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     # memories
+    "Controller",
     "FastWeights",
+    "GatedResidual",
     "Memory",
+    "MemoryCell",
     "Out",
     "State",
     "Stateful",

@@ -10,8 +10,7 @@ by the loss of the stream itself, every `period` tokens. Every token is predicte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch.func import functional_call
 
 from metamem.config import Config, UserError, resolve_objectives
 from metamem.hierarchy import InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
-from metamem.memory.base import Memory
+from metamem.memory.base import writing
 from metamem.network import Network
 from metamem.state import State, check_like, load_state, save_state, state_bytes, tree_map
 
@@ -184,20 +183,6 @@ class Session:
                 "updates": torch.tensor(state.updates),
             }
         return {"state": self.state, "levels": levels, "last": {} if self.last is None else {"token": self.last}}
-
-
-@contextmanager
-def writing(model: Network, on: bool) -> Iterator[None]:
-    """Within it, the model's memories write or, switched off, only read."""
-    memories = [module for module in model.modules() if isinstance(module, Memory)]
-    before = [memory.writing for memory in memories]
-    for memory in memories:
-        memory.writing = memory.writing and on
-    try:
-        yield
-    finally:
-        for memory, was in zip(memories, before, strict=True):
-            memory.writing = was
 
 
 def _settled(tensor: Tensor) -> Tensor:

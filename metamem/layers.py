@@ -77,9 +77,13 @@ class Gate(nn.Module):
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
+    def value(self, a: Tensor, b: Tensor) -> Tensor:
+        """g."""
+        return torch.sigmoid(self.project(torch.cat([a, b], -1)))
+
     def forward(self, a: Tokens, b: Tokens) -> Tokens:
         """The gated mean of a and b."""
-        gate = torch.sigmoid(self.project(torch.cat([a, b], -1)))
+        gate = self.value(a, b)
         return gate * a + (1 - gate) * b
 
 

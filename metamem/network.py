@@ -21,7 +21,7 @@ from metamem.config.schema import ConnectionConfig
 from metamem.globs import matches
 from metamem.hierarchy import learned_rates, token_levels
 from metamem.layers import Gate
-from metamem.memory import context, persistent_tokens  # noqa: F401  (they register their kinds)
+from metamem.memory import cell, context, gated_residual, persistent_tokens  # noqa: F401  (they register their kinds)
 from metamem.memory.base import Out
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
@@ -217,8 +217,8 @@ class _Builder:
                     f"the globs of the token levels are {', '.join(dict.fromkeys(globs)) or 'none'}"
                 )
 
-            def nested(name: str, entry: dict[str, Any]) -> nn.Module:
-                return self.module(entry, where / name, f"{path}.{name}")
+            def nested(keys: tuple[str, ...], entry: dict[str, Any]) -> nn.Module:
+                return self.module(entry, where.at(*keys), ".".join((path, *keys)))
 
             return MODULES.build(kind, options, where, nested, levels=levels)
         options = MODULES.check(kind, options, where)

@@ -10,7 +10,7 @@ second list of them to keep in step:
     # network: {modules: {scale: {kind: scale, dim: 128}}, ...}
 
 An option annotated with a module class is a module of its own in the config, with its kind and options: nested in the
-constructor's, which is given it built.
+constructor's, which is given it built. One annotated `dict[str, Class]` is a mapping of such, by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -86,9 +86,15 @@ class Registry(Generic[T]):
             if item.name not in self.builder_args
         }
 
-    def nested(self, name: str) -> list[str]:
-        """The options that are modules of their own."""
-        return [option for option, (annotation, _) in self.options(name).items() if is_module(annotation)]
+    def nested(self, name: str, options: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+        """The entries of the modules among checked options, by the keys that lead to each."""
+        found: dict[tuple[str, ...], dict[str, Any]] = {}
+        for option, (annotation, _) in self.options(name).items():
+            if option in options and is_module(annotation):
+                found[option,] = options[option]
+            elif option in options and is_module_mapping(annotation):
+                found |= {(option, key): entry for key, entry in options[option].items()}
+        return found
 
     def needs(self, name: str, argument: str) -> bool:
         """Whether the constructor registered as `name` cannot do without an argument, as a memory without levels."""
@@ -106,11 +112,18 @@ class Registry(Generic[T]):
                 raise (place / key).unknown(f"{self.noun} {name!r} has no such option", key, known)
         for key, (annotation, default) in known.items():
             if key not in options and default is MISSING:
-                needed = f"a mapping with a {self.key}" if is_module(annotation) else describe(annotation)
-                raise (place / key).error(f"is missing: {self.noun} {name!r} needs {needed}")
+                raise (place / key).error(f"is missing: {self.noun} {name!r} needs {self._needed(annotation)}")
         return {key: self._option(value, known[key][0], place / key) for key, value in options.items()}
 
+    def _needed(self, annotation: Any) -> str:
+        if is_module_mapping(annotation):
+            return f"a mapping of names, each to a mapping with a {self.key}"
+        return f"a mapping with a {self.key}" if is_module(annotation) else describe(annotation)
+
     def _option(self, value: Any, annotation: Any, place: Where) -> Any:
+        if is_module_mapping(annotation):
+            entries = convert(value, dict[str, Any], place)
+            return {key: self._option(entry, get_args(annotation)[1], place / key) for key, entry in entries.items()}
         if not is_module(annotation):
             return convert(value, annotation, place)
         entry = convert(value, dict[str, Any], place)
@@ -123,25 +136,20 @@ class Registry(Generic[T]):
         name: str,
         options: Mapping[str, Any],
         where: Where | str = "",
-        nested: Callable[[str, dict[str, Any]], T] | None = None,
+        nested: Callable[[tuple[str, ...], dict[str, Any]], T] | None = None,
         **supplied: Any,
     ) -> T:
         """Check the options and construct.
 
         `supplied` are the builder's own arguments, passed on where the constructor takes them; `nested` builds a module
-        among the options, from its option's name and its entry. A ValueError that the constructor raises about its
-        options becomes a ConfigError at `where`.
+        among the options, from the keys that lead to it and its entry. A ValueError that the constructor raises about
+        its options becomes a ConfigError at `where`.
         """
         arguments, place = self.check(name, options, where), Where.of(where)
         constructor = self.get(name, where)
-        for key in (option for option in self.nested(name) if option in arguments):
-            entry = dict(arguments[key])
-            kind, wanted = entry[self.key], self.options(name)[key][0]
-            part = nested(key, entry) if nested else self.build(entry.pop(self.key), entry, place / key, **supplied)
-            if not isinstance(part, wanted):
-                kinds = [other for other in self if _makes(self.get(other), wanted)]
-                raise (place / key / self.key).unknown(f"{kind!r} is no {wanted.__name__}", kind, kinds)
-            arguments[key] = part
+        for keys, entry in self.nested(name, arguments).items():
+            part = self._nested_module(entry, self.options(name)[keys[0]][0], place.at(*keys), keys, nested, supplied)
+            arguments[keys[0]] = part if len(keys) == 1 else {**arguments[keys[0]], keys[1]: part}
         taken = {parameter.name for parameter in _keywords(constructor)} & self.builder_args
         try:
             return constructor(**arguments, **{key: value for key, value in supplied.items() if key in taken})
@@ -150,10 +158,33 @@ class Registry(Generic[T]):
         except ValueError as error:
             raise place.error(str(error)) from error
 
+    def _nested_module(
+        self,
+        entry: Mapping[str, Any],
+        annotation: Any,
+        place: Where,
+        keys: tuple[str, ...],
+        nested: Callable[[tuple[str, ...], dict[str, Any]], T] | None,
+        supplied: dict[str, Any],
+    ) -> T:
+        """The module of an entry; a ConfigError where its kind makes none of the class that the option takes."""
+        options = dict(entry)
+        part = nested(keys, options) if nested else self.build(options.pop(self.key), options, place, **supplied)
+        wanted = get_args(annotation)[1] if is_module_mapping(annotation) else annotation
+        if not isinstance(part, wanted):
+            kinds = [other for other in self if _makes(self.get(other), wanted)]
+            raise (place / self.key).unknown(f"{entry[self.key]!r} is no {wanted.__name__}", entry[self.key], kinds)
+        return part
+
 
 def is_module(annotation: Any) -> bool:
     """Whether an option with this annotation is a module of its own."""
     return isinstance(annotation, type) and issubclass(annotation, nn.Module)
+
+
+def is_module_mapping(annotation: Any) -> bool:
+    """Whether an option with this annotation is a mapping of modules, each with its name."""
+    return get_origin(annotation) is dict and is_module(get_args(annotation)[1])
 
 
 def _makes(constructor: Callable[..., Any], wanted: type) -> bool:
@@ -191,9 +222,8 @@ def check_options(config: Config) -> None:
 
     def check_module(module: Mapping[str, Any], where: Where) -> None:
         check(MODULES, module, where)
-        for option in MODULES.nested(module[MODULES.key]):
-            if option in module:
-                check_module(module[option], where / option)
+        for keys, entry in MODULES.nested(module[MODULES.key], module).items():
+            check_module(entry, where.at(*keys))
         if module[MODULES.key] == "network":
             check_modules(module["modules"], where / "modules")
 

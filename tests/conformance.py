@@ -22,9 +22,12 @@ from torch import Tensor
 
 from losses.recall import cosine, dot_product, mse
 from metamem.config.schema import ConnectionConfig
+from metamem.controllers import LSTM
 from metamem.memory.base import Memory, Out
+from metamem.memory.cell import MemoryCell
 from metamem.memory.context import MemoryAsContext
 from metamem.memory.fast_weights import FastWeights
+from metamem.memory.gated_residual import GatedResidual
 from metamem.memory.level import TokenLevel
 from metamem.memory.mnm import MNM
 from metamem.memory.signals import Objective, Signal
@@ -147,6 +150,9 @@ MEMORIES = {
     "mnm-g": Entry(lambda: mnm("backprop"), MNM_EXEMPT),
     "mnm-p": Entry(lambda: mnm("predicted_targets"), MNM_EXEMPT),
 }
+CONTROLLED = frozenset({"descent", "write_then_read"})  # as MNM's, and a cell measures by its memories' names
+MEMORIES["cell"] = Entry(lambda: MemoryCell(DIM, LSTM(DIM, 6), {"long": MEMORIES["delta"].make()}), CONTROLLED)
+MEMORIES["gated-residual"] = Entry(lambda: GatedResidual(MEMORIES["delta"].make()))
 
 
 def as_context(name: str, segment: int, persistent: int) -> Entry:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from losses.recall import cosine, mse
 from metamem import Network, TokenLevel, build
-from metamem.adaptation import writing
 from metamem.memory import mnm_gradient
+from metamem.memory.base import writing
 from metamem.memory.mnm import MNM
 
 DIM, HIDDEN, WIDTH, TIME = 5, 6, 4, 7

@@ -15,10 +15,13 @@ MODULES = sorted(path for package in ("metamem", "losses") for path in (ROOT / p
 NAMES = [
     "Config",
     "ConfigError",
+    "Controller",
     "FastWeights",
+    "GatedResidual",
     "InnerLoop",
     "MODULES",
     "Memory",
+    "MemoryCell",
     "Network",
     "Observed",
     "Out",

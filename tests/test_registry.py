@@ -140,8 +140,9 @@ def leaf(dim: Any = 3) -> dict[str, Any]:
 
 
 def test_a_nested_module_is_built_from_its_own_entry(modules: Registry[nn.Module]) -> None:
-    assert modules.nested("wrapper") == ["part", "other"] and modules.nested("leaf") == []
     inner: dict[str, Any] = {"kind": "wrapper", "part": leaf(), "other": leaf(4)}
+    assert modules.nested("wrapper", inner) == {("part",): leaf(), ("other",): leaf(4)}
+    assert modules.nested("leaf", leaf()) == {}
     outer = modules.build("wrapper", {"part": inner, "other": leaf(5)}, "here", levels=[1])
     assert [outer.part.part.dim, outer.part.other.dim, outer.other.dim] == [3, 4, 5]
     assert outer.part.part.levels == [1]
@@ -151,12 +152,12 @@ def test_a_nested_module_is_built_from_its_own_entry(modules: Registry[nn.Module
 def test_a_builder_can_build_what_is_nested(modules: Registry[nn.Module]) -> None:
     seen = []
 
-    def nested(name: str, entry: dict[str, Any]) -> nn.Module:
-        seen.append((name, entry))
+    def nested(keys: tuple[str, ...], entry: dict[str, Any]) -> nn.Module:
+        seen.append((keys, entry))
         return Leaf(9)
 
     built = modules.build("wrapper", {"part": leaf(), "other": leaf(4)}, "here", nested)
-    assert seen == [("part", leaf()), ("other", leaf(4))] and built.part.dim == built.other.dim == 9
+    assert seen == [(("part",), leaf()), (("other",), leaf(4))] and built.part.dim == built.other.dim == 9
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from metamem.config.convert import ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.schema import Config, NetworkConfig
-from metamem.registry import MODULES, TASKS, Registry, is_module
+from metamem.registry import MODULES, TASKS, Registry, is_module, is_module_mapping
 
 Schema = dict[str, Any]
 
@@ -112,8 +112,7 @@ def _entries(registry: Registry[Any], definitions: Schema) -> Schema:
     for name in registry:
         properties: Schema = {registry.key: {"const": name}}
         for option, (annotation, default) in registry.options(name).items():
-            nested = is_module(annotation)
-            properties[option] = {"anyOf": [_ref("Module"), _REFERENCE]} if nested else _schema(annotation, definitions)
+            properties[option] = _option(annotation, definitions)
             if isinstance(default, bool | int | float | str | list | tuple | None):
                 properties[option] = {**properties[option], "default": default}
         if registry is MODULES and name == "network":
@@ -123,3 +122,10 @@ def _entries(registry: Registry[Any], definitions: Schema) -> Schema:
             {"type": "object", "properties": properties, "required": [registry.key], "additionalProperties": False}
         )
     return {"anyOf": [*entries, {"type": "object", "not": {"required": [registry.key]}}]}
+
+
+def _option(annotation: Any, definitions: Schema) -> Schema:
+    module = {"anyOf": [_ref("Module"), _REFERENCE]}
+    if is_module_mapping(annotation):
+        return {"anyOf": [{"type": "object", "additionalProperties": module}, _REFERENCE]}
+    return module if is_module(annotation) else _schema(annotation, definitions)

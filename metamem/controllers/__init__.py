@@ -1,5 +1,10 @@
-"""Controllers: recurrent networks that a memory serves, or is measured against; `forward(x, state) -> (h, state)`."""
+"""Controllers: networks that memories serve, or are measured against; `forward(x, state) -> (h, state)`."""
 
+from metamem.controllers.base import Controller
+from metamem.controllers.feed_forward import FeedForward
+from metamem.controllers.grid_lstm import GridLSTM
+from metamem.controllers.gru import GRU
 from metamem.controllers.lstm import LSTM
+from metamem.controllers.transformer import Transformer
 
-__all__ = ["LSTM"]
+__all__ = ["GRU", "LSTM", "Controller", "FeedForward", "GridLSTM", "Transformer"]

@@ -1,10 +1,12 @@
-"""The protocol of every memory: write, read, and both over a sequence."""
+"""The protocol of every memory: write, read, and both over a sequence or a token."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from metamem.state import State, Stateful
 
@@ -22,7 +24,7 @@ class Memory(Stateful):
 
     Every memory passes the conformance suite (tests/conformance.py): it joins by one line in its table.
 
-    - `writing`   switched off, a forward only reads (`metamem.adaptation.writing`)
+    - `writing`   switched off, a forward only reads (`metamem.memory.base.writing`)
     """
 
     writing: bool = True
@@ -38,3 +40,30 @@ class Memory(Stateful):
     def forward(self, x: Tensor, state: State | None = None) -> Out:
         """Writes and reads a sequence in the memory's own order."""
         raise NotImplementedError
+
+    def step(self, x: Tensor, state: State | None = None) -> Out:
+        """One token, x: [batch, dim]: `forward` of a sequence of one, for a controller that reads before it goes on."""
+        return Out(*super().step(x, state))
+
+    def open(self, state: State, tokens: int) -> State:
+        """The state as a loop of up to `tokens` steps carries it: each step's goes into the next one alone. A memory
+        that would copy itself at every step works in place between `open` and `close`."""
+        return state
+
+    def close(self, state: State) -> State:
+        """The state after such a loop, as any other again."""
+        return state
+
+
+@contextmanager
+def writing(module: nn.Module, on: bool) -> Iterator[None]:
+    """Within it, the memories of a module write or, switched off, only read."""
+    memories = [part for part in module.modules() if isinstance(part, Memory)]
+    before = [memory.writing for memory in memories]
+    for memory in memories:
+        memory.writing = memory.writing and on
+    try:
+        yield
+    finally:
+        for memory, was in zip(memories, before, strict=True):
+            memory.writing = was
