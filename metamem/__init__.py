@@ -7,7 +7,7 @@ losses = session.observe(tokens).losses
 """
 
 from metamem.adaptation import Observed, Session
-from metamem.config import Config, ConfigError, UserError, load_config
+from metamem.config import Config, ConfigError, RouterConfig, UserError, load_config
 from metamem.controllers.base import Controller
 from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, token_levels
 from metamem.memory.base import Memory, Out
@@ -17,6 +17,7 @@ from metamem.memory.gated_residual import GatedResidual
 from metamem.memory.level import TokenLevel
 from metamem.network import Network, build
 from metamem.registry import MODULES, TASKS
+from metamem.routing import Router
 from metamem.state import State, Stateful, load_state, save_state
 from metamem.training import build_task, load_run, train
 
@@ -30,6 +31,8 @@ __all__ = [
     "Memory",
     "MemoryCell",
     "Out",
+    "Router",
+    "RouterConfig",
     "State",
     "Stateful",
     "TokenLevel",

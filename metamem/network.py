@@ -8,7 +8,7 @@ A name that only connections use is a junction: it passes on what was joined the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metamem import attention, controllers  # noqa: F401  (they register their kinds)
 from metamem.config import Config, NetworkConfig, Where, check_measured, measured_objectives, network_config
-from metamem.config.schema import ConnectionConfig
+from metamem.config.schema import ConnectionConfig, RouterConfig
 from metamem.globs import matches
 from metamem.hierarchy import learned_rates, token_levels
 from metamem.layers import Gate
@@ -27,6 +27,7 @@ from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
 from metamem.memory.mnm import MNM
 from metamem.registry import MODULES
+from metamem.routing import Router
 from metamem.state import State, Stateful
 
 MODULES.register("fast_weights")(FastWeights)
@@ -49,6 +50,9 @@ def build(config: Config) -> Network:
             raise (level.where / "groups").error(
                 f"no memory's weights are in the groups of the token level {level.name!r}"
             )
+    router = config.hierarchy.router
+    if router is not None and not any(isinstance(module, Router) for module in network.modules()):
+        raise router.where.error("gates what fast_weights write, and no such memory is in its groups: set it to null")
     _check_length(config, network)
     if rates := learned_rates(config, network):
         network.add_module("inner_rates", rates)
@@ -220,7 +224,7 @@ class _Builder:
             def nested(keys: tuple[str, ...], entry: dict[str, Any]) -> nn.Module:
                 return self.module(entry, where.at(*keys), ".".join((path, *keys)))
 
-            return MODULES.build(kind, options, where, nested, levels=levels)
+            return MODULES.build(kind, options, where, nested, levels=levels, router=self.router_at(path))
         options = MODULES.check(kind, options, where)
         graph, repeat = network_config(options, where), options.get("repeat")
         if repeat is None:
@@ -235,12 +239,16 @@ class _Builder:
 
     def levels_at(self, path: str) -> list[TokenLevel]:
         """The token levels with a group that matches the initial weights of a memory at this path."""
-        groups = self.config.hierarchy.groups
-        return [
-            level
-            for config, level in self.levels
-            if any(matches(glob, f"{path}.init.0") for group in config.groups for glob in groups[group].match)
-        ]
+        return [level for config, level in self.levels if self._match(config.groups, path)]
+
+    def router_at(self, path: str) -> RouterConfig | None:
+        """The router, where the initial weights of a memory at this path are in the groups that it is over."""
+        router = self.config.hierarchy.router
+        return router if router is None or router.over is None or self._match(router.over, path) else None
+
+    def _match(self, groups: Iterable[str], path: str) -> bool:
+        known = self.config.hierarchy.groups
+        return any(matches(glob, f"{path}.init.0") for group in groups for glob in known[group].match)
 
 
 def _ordered(connections: Sequence[ConnectionConfig]) -> list[ConnectionConfig]:

@@ -206,7 +206,7 @@ def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(function, include_extras=True)
 
 
-MODULES: Registry[Any] = Registry("module kind", key="kind", builder_args={"levels"})
+MODULES: Registry[Any] = Registry("module kind", key="kind", builder_args={"levels", "router"})
 TASKS: Registry[Any] = Registry("task", key="name")
 
 

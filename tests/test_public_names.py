@@ -26,6 +26,8 @@ NAMES = [
     "Observed",
     "Out",
     "OuterLevels",
+    "Router",
+    "RouterConfig",
     "Session",
     "State",
     "Stateful",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from metamem.config.check_router import check_router
 from metamem.config.convert import convert
 from metamem.config.errors import Where, show, suggest
-from metamem.config.resolve import MEASURED, resolve_objective
+from metamem.config.resolve import MEASURED, Objective, resolve_objective, statistics
 from metamem.config.schema import CLOCKS, OUTER_CLOCKS, Config, HierarchyConfig, LevelConfig, NetworkConfig
 from metamem.globs import match_names, matches, nearest_names
 
@@ -29,6 +30,7 @@ def check_config(config: Config) -> None:
         raise config.where.at("task", "name").error("is missing: name a task, such as english")
     check_network(config.network)
     check_hierarchy(config.hierarchy)
+    check_router(config)
 
 
 def network_config(options: Mapping[str, Any], where: Where) -> NetworkConfig:
@@ -156,40 +158,71 @@ def _pace(level: LevelConfig) -> str:
     return f"{level.clock}/{level.period}"
 
 
-def resolve_objectives(config: Config) -> dict[str, dict[Callable[..., Any], float]]:
-    """Level -> objective function -> weight; a `ConfigError` for a path that names no function."""
-    return {
-        level.name: {
-            resolve_objective(path, level.where.at("objective", path)): weight
-            for path, weight in level.objective.items()
-            if not path.startswith(MEASURED)
+def resolve_objectives(config: Config) -> dict[str, dict[Objective, float]]:
+    """Level -> objective function, of predictions and targets -> weight; a `ConfigError` for a path that names no
+    function, and for an objective of routers in a level that is inside the forward pass."""
+    found: dict[str, dict[Objective, float]] = {}
+    for level in config.hierarchy.levels:
+        objectives = {path: _resolved(level, path) for path in level.objective if not path.startswith(MEASURED)}
+        for path, objective in objectives.items():
+            if not level.outer and (asked := statistics(objective)):
+                raise level.where.at("objective", path).error(
+                    f"{path} is of routers ({', '.join(asked)}), which only an outer level can add to its loss; "
+                    f"a level with the clock {level.clock!r} learns from a loss per token, such as losses.recall.mse"
+                )
+        found[level.name] = {
+            objective: level.objective[path] for path, objective in objectives.items() if not statistics(objective)
         }
-        for level in config.hierarchy.levels
-    }
+    return found
 
 
-def measured_objectives(config: Config) -> dict[str, dict[str, float]]:
-    """Outer level -> glob over the names of what memories measure -> weight: the objectives `aux.<glob>`."""
-    return {
-        level.name: {
-            path.removeprefix(MEASURED): weight for path, weight in level.objective.items() if path.startswith(MEASURED)
-        }
-        for level in config.hierarchy.levels
-        if level.outer
-    }
+def measured_objectives(config: Config) -> dict[str, dict[str | Objective, float]]:
+    """Outer level -> what it adds of what was measured on the way -> weight: a glob over the names (`aux.<glob>`), or a
+    function of what routers measure."""
+    found: dict[str, dict[str | Objective, float]] = {}
+    for level in config.hierarchy.levels:
+        if level.outer:
+            own = found[level.name] = {}
+            for path, weight in level.objective.items():
+                if path.startswith(MEASURED):
+                    own[path.removeprefix(MEASURED)] = weight
+                elif statistics(objective := _resolved(level, path)):
+                    own[objective] = weight
+    return found
+
+
+def _resolved(level: LevelConfig, path: str) -> Objective:
+    return resolve_objective(path, level.where.at("objective", path))
 
 
 def check_measured(config: Config, names: Iterable[str]) -> None:
-    """Raises `ConfigError` for an objective `aux.<glob>` that matches none of `names`, those of what is measured."""
+    """Raises `ConfigError` for an objective `aux.<glob>` that matches none of `names`, those of what is measured, and
+    for one of routers where none learns."""
     names = list(names)
     for level in config.hierarchy.levels:
         for glob in measured_objectives(config).get(level.name, {}):
-            if not match_names([glob], names):
+            if isinstance(glob, str) and not match_names([glob], names):
                 near = ", ".join(MEASURED + name for name in nearest_names(glob, names))
                 raise level.where.at("objective", MEASURED + glob).error(
                     f"{glob!r} matches nothing that the network measures; "
                     + (f"the nearest are {near}" if near else "it has no memory that measures anything")
                 )
+        for path in level.objective:
+            if level.outer and not path.startswith(MEASURED):
+                _check_routers(level, path, statistics(_resolved(level, path)), names)
+
+
+def _check_routers(level: LevelConfig, path: str, asked: list[str], names: list[str]) -> None:
+    prefixes = [name.removesuffix("logits") for name in names if name.endswith("router.logits")]
+    if not asked or any(all(prefix + name in names for name in asked) for prefix in prefixes):
+        return
+    fixed = any(name.endswith("router.gates") for name in names) and not prefixes
+    there = (
+        "a fixed router learns nothing from it: set hierarchy.router.kind to 'static'"
+        if fixed
+        else (f"no router measures its {' and '.join(asked)}: set hierarchy.router, such as {{kind: static}}")
+    )
+    raise level.where.at("objective", path).error(f"{there}, or take the objective out")
 
 
 def group_members(parameter_names: Iterable[str], hierarchy: HierarchyConfig) -> dict[str, list[str]]:

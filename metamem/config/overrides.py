@@ -13,7 +13,7 @@ from dataclasses import fields
 from metamem.config import nodes
 from metamem.config.errors import Path, Sources, Where, show
 from metamem.config.nodes import Node
-from metamem.config.schema import Config, LevelConfig
+from metamem.config.schema import Config, HierarchyConfig, LevelConfig
 
 PLACE = "command line"
 _KEY = re.compile(r"[^.\[\]=]+(\[\d+\])*(\.[^.\[\]=]+(\[\d+\])*)*")
@@ -92,6 +92,8 @@ def _schema_keys(path: Path) -> list[str]:
     """The keys that the schema has at this path, which a file may have left out."""
     if path == ():
         return [field.name for field in fields(Config) if field.name != "where"]
+    if path == ("hierarchy",):
+        return [field.name for field in fields(HierarchyConfig) if field.name != "where"]
     if len(path) == 3 and path[:2] == nodes.LEVELS:
         return [field.name for field in fields(LevelConfig) if field.name != "where"]
     return []

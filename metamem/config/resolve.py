@@ -19,6 +19,8 @@ Objective = Callable[..., Any]  # (pred, target) -> loss per token
 
 MEASURED = "aux."  # what follows it in an objective's key is a glob over the names of what memories measured
 
+ROUTERS = ("gates", "logits", "costs")  # what routers measure (`metamem.routing`), and an objective of them asks for
+
 PROJECT = "metamem-torch"  # `losses.__project__`, by which ours is known
 
 
@@ -40,6 +42,14 @@ def resolve_objective(path: str, where: Where | str) -> Objective:
     if not callable(function) or inspect.ismodule(function):
         raise place.unknown(f"{path!r} is not a function", path, [f"{path}.{f}" for f in _functions(function)])
     return function
+
+
+def statistics(objective: Objective) -> list[str]:
+    """What of routers an objective is of: its parameters, where all that have no default are named as what routers
+    measure; none for a loss per token."""
+    parameters = inspect.signature(objective).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    return names if all(name in ROUTERS for name in names) else []
 
 
 def objective_gradient(objective: Objective) -> Callable[..., Any] | None:

@@ -125,8 +125,44 @@ class LevelConfig(Located):
 
 
 @dataclass(frozen=True)
+class RouterConfig(Located):
+    """The gates over parameter groups and levels that each write of a fast-weight memory is multiplied by.
+
+    `kind`: a softmax over levels (`dense`), its `k` largest (`topk`), steps (`binary`), a table (`fixed`), or `static`,
+    a dense one without an input. `input`: what its logits come from, each `token`, the `chunk` before, or nothing.
+    `over`: the groups of the memories that have one (null: all that token levels name). `granularity`: what it tells
+    apart, `blocks` of columns in each layer of each head the finest. `hold`: one more choice, to write nothing.
+    `table`: level -> gate, or one for each group; levels that it leaves out are closed.
+    """
+
+    kind: Literal["dense", "topk", "binary", "static", "fixed"]
+    over: Annotated[list[str], ONE_OR_MORE] | None = None
+    input: Literal["token", "chunk", "static"] | None = None
+    granularity: Literal["layer", "head", "block"] = "layer"
+    blocks: Count | None = None
+    k: Count | None = None
+    hold: bool | None = None
+    table: dict[str, NonNegative | list[NonNegative]] | None = None
+
+    @property
+    def gating(self) -> str:
+        """The function that makes gates of logits: `static` is dense."""
+        return "dense" if self.kind == "static" else self.kind
+
+    @property
+    def source(self) -> str:
+        """What the logits come from."""
+        return "static" if self.kind in ("static", "fixed") else self.input or "token"
+
+    @property
+    def holds(self) -> bool:
+        """Whether to write nothing is a choice of its own."""
+        return self.gating in ("dense", "topk") and self.hold is not False
+
+
+@dataclass(frozen=True)
 class HierarchyConfig(Located):
-    """The levels and the parameter groups that they address.
+    """The levels, the parameter groups that they address, and a router between the levels of a memory.
 
     Levels are a list, fast to slow, which replaces that of a file it extends; or a mapping name -> level in any order,
     which merges with it by name, where null takes one out.
@@ -134,6 +170,7 @@ class HierarchyConfig(Located):
 
     groups: dict[str, GroupConfig]
     levels: Annotated[list[LevelConfig], ByName(operator.attrgetter("speed"))]
+    router: RouterConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metamem.config.resolve import Objective, statistics
 from metamem.globs import match_names
 from metamem.memory.signals import Objectives
 from metamem.targets import Targets, asked
@@ -27,10 +28,21 @@ def loss_per_token(
     return losses.new_zeros(wanted.shape).masked_scatter(wanted, losses)
 
 
-def measured_loss(measured: Mapping[str, float], aux: Mapping[str, Tensor]) -> Tensor | float:
-    """Σ weight · mean of what memories measured under the names that a glob matches."""
+def measured_loss(measured: Mapping[str | Objective, float], aux: Mapping[str, Tensor]) -> Tensor | float:
+    """Σ weight · mean of what memories measured under the names that a glob matches, and of objectives of routers."""
     total: Tensor | float = 0.0
-    for glob, weight in measured.items():
-        matching = [aux[name].mean() for name in match_names([glob], aux)]
+    for what, weight in measured.items():
+        if isinstance(what, str):
+            matching = [aux[name].mean() for name in match_names([what], aux)]
+        else:
+            matching = of_routers(what, aux)
         total = total + weight * torch.stack(matching).mean()
     return total
+
+
+def of_routers(objective: Objective, aux: Mapping[str, Tensor]) -> list[Tensor]:
+    """An objective of what routers measure, for each router that measures all it asks for."""
+    asked = statistics(objective)
+    prefixes = [name.removesuffix("gates") for name in aux if name.endswith("router.gates")]
+    found = [{name: aux.get(prefix + name) for name in asked} for prefix in prefixes]
+    return [objective(**values) for values in found if all(value is not None for value in values.values())]

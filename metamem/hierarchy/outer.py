@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metamem.config import Config, LevelConfig, measured_objectives, ownership, resolve_objectives
+from metamem.config.resolve import Objective
 from metamem.hierarchy.calendar import Calendar, calendar_of
 from metamem.hierarchy.objectives import measured_loss
 from metamem.memory.signals import Objectives
@@ -41,7 +42,7 @@ class OuterLevels:
         self.optimizers = {level.name: _optimizer(level, self.parameters[level.name]) for level in self.levels}
         self.gathered = {level.name: self._nothing(level) for level in self.levels}
 
-    def distinct(self) -> Iterator[tuple[Objectives, dict[str, float], list[LevelConfig]]]:
+    def distinct(self) -> Iterator[tuple[Objectives, dict[str | Objective, float], list[LevelConfig]]]:
         """The distinct objectives, of tokens and of what memories measured, with the levels that have each."""
         groups: dict[tuple, list[LevelConfig]] = {}
         for level in self.levels:

@@ -26,7 +26,8 @@ from metamem.memory.component import (
 )
 from metamem.memory.dual import local_read
 from metamem.memory.networks import Network, Weights
-from metamem.memory.plan import Key, Plan, cut, plan, signal_key, unstack, windows
+from metamem.memory.parts import gated
+from metamem.memory.plan import Key, Plan, cut, plan, signal_key, unstack, windows, write_key
 from metamem.memory.product import product
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
@@ -93,13 +94,15 @@ def one_segment(learner: Learner, segment: Segment, piece: Pieces, carry: Carry,
     if both:
         forward, recalled = forward.split(piece.keys.shape[-2])
         read_out = recalled.output
+    deltas: dict[Key, list[Tensor]] = {}
     products: dict[Key, Products] = {}
     for level in levels:
-        if (key := signal_key(level)) not in products:
-            deltas = signals.at_layers(
+        if (key := signal_key(level)) not in deltas:
+            deltas[key] = signals.at_layers(
                 level.signal, level.objectives, network, forward, at, piece.values, learner.feedback
             )
-            products[key] = Products(forward.inputs, deltas)
+        parts = piece.plan.steps[level.name].parts
+        products[write_key(level, parts)] = Products(forward.inputs, gated(deltas[key], parts))
     if network.depth == 1 and not lagging:
         seen = [weights[0] for weights in term_weights(levels, carry)]
         sent = {key: written.signals[0] for key, written in products.items()}
@@ -122,21 +125,23 @@ def cut_pieces(
     if past is None:
         keys, values = (cut(x, span).flatten(3, 4) for x in (writes.keys, writes.values))
         return Pieces(keys, values, asked, plan(learner.levels, writes.gates, span, learner.signal_at)), None
-    reach, here = past.keys.shape[2], slice(span.start, span.stop)
-    keys, values = (
-        torch.cat([before, x[:, :, here]], 2) for before, x in ((past.keys, writes.keys), (past.values, writes.values))
-    )
-    rates = {
-        name: torch.cat([before, writes.gates[name].lr[:, :, here]], 2)[:, :, -reach:]
-        for name, before in past.rates.items()
-    }
+    reach = past.keys.shape[2]
+
+    def later(before: Tensor, new: Tensor | None) -> Tensor:
+        assert new is not None
+        return torch.cat([before, new[:, :, span.start : span.stop]], 2)
+
+    gates, of_parts = writes.gates, past.parts
+    keys, values = later(past.keys, writes.keys), later(past.values, writes.values)
+    rates = {name: later(before, gates[name].lr)[:, :, -reach:] for name, before in past.rates.items()}
+    parts = of_parts and {name: later(before, gates[name].parts)[:, :, -reach:] for name, before in of_parts.items()}
     pieces = Pieces(
         windows(keys, span).flatten(3, 4),
         windows(values, span).flatten(3, 4),
         asked,
-        plan(learner.levels, writes.gates, span, learner.signal_at, past.rates),
+        plan(learner.levels, writes.gates, span, learner.signal_at, past.rates, past.parts),
     )
-    return pieces, Past(keys[:, :, -reach:], values[:, :, -reach:], rates)
+    return pieces, Past(keys[:, :, -reach:], values[:, :, -reach:], rates, parts)
 
 
 def read(
@@ -167,7 +172,8 @@ def move(learner: Learner, segment: Segment, step: Plan, carry: Carry, products:
     """Every component after the segment."""
     moved: list[Component] = []
     for level, component in zip(learner.levels, carry.components, strict=True):
-        mine, written = step.steps[level.name], products[signal_key(level)]
+        mine = step.steps[level.name]
+        written = products[write_key(level, mine.parts)]
         moved.append((advance if level.period == 1 else accumulate)(component, mine, written))
     return fire_all(
         learner, segment, {name: step.steps[name] for name in segment.fire}, carry._replace(components=moved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from metamem.config.schema import RouterConfig
 from metamem.memory import delta_rule, step_rule
 from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.networks import ACTIVATIONS, NETWORKS
@@ -63,6 +64,15 @@ def check(
         _check_token_signals(to_linear, levels, chunk, signal_at)
     if writes == "in_turn":
         _check_in_turn(to_linear, levels, signal_at)
+
+
+def check_router(router: RouterConfig, network: str) -> None:
+    """Raises ConfigError for columns of a network whose matrices are not known."""
+    if router.granularity == "block" and network not in NETWORKS:
+        raise (router.where / "granularity").error(
+            f"blocks are of the columns of {' and '.join(NETWORKS)}, and {network} is a module of your own; "
+            f"set granularity to 'layer' or 'head'"
+        )
 
 
 def _to_be_linear(network: str, dims: Sequence[int], residual_norm: bool, widths: str) -> str:

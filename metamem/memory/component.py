@@ -64,11 +64,13 @@ class Learner(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The last writes, as far back as the largest window reaches: keys, values, and each level's rates."""
+    """The last writes, as far back as the largest window reaches: keys, values, and each level's rates, and what a
+    router multiplies each by, part by part."""
 
     keys: Float[Tensor, "batch heads reach writers d_key"]
     values: Float[Tensor, "batch heads reach writers d_value"]
     rates: dict[str, Float[Tensor, "batch heads reach writers"]]
+    parts: dict[str, Float[Tensor, "batch #heads reach layers blocks"]] | None = None
 
 
 class Carry(NamedTuple):

@@ -13,12 +13,14 @@ gated DeltaNet, and the delta rule with momentum). The solve is taken on the key
     writes: in_turn      each write of a token sees those before it: Λ has η (k_i · k_j) inside a token, for j < i
                          (DeltaProduct, Siems et al. 2025, eq. 5)
 
-Predicted targets v P stand in the place of v. A Hebbian signal, −v, needs no solve.
+Predicted targets v P stand in the place of v. A Hebbian signal, −v, needs no solve. Where a router gates blocks of
+columns, each block solves as a head of its own (`metamem.memory.parts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -26,12 +28,13 @@ from torch import Tensor
 
 from metamem.memory import signals
 from metamem.memory.chunkwise import move
-from metamem.memory.component import Carry, Learner, Products, term_weights
+from metamem.memory.component import Carry, Learner, Products, fire_all, term_weights
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network
-from metamem.memory.plan import Key, Plan, cut, plan, signal_key, unstack
-from metamem.memory.schedule import Run
-from metamem.memory.writer import Writes
+from metamem.memory.parts import blocks_as_heads, carry_by_block, carry_whole, copies, join_rows, split_rows
+from metamem.memory.plan import Key, Plan, Step, cut, plan, signal_key, unstack
+from metamem.memory.schedule import Run, Segment
+from metamem.memory.writer import Gates, Writes
 
 Rows = Float[Tensor, "batch heads segments writes _features"]
 
@@ -40,16 +43,18 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
     """As `chunkwise.run`, with every signal at the weights of its own token."""
     network, levels, writers, readers = learner.network, learner.levels, writes.keys.shape[3], queries.shape[3]
     assert isinstance(network, Network)
-    stacked = plan(levels, writes.gates, span, learner.signal_at)
+    gates, blocks = _by_block(writes.gates)
+    stacked = plan(levels, gates, span, learner.signal_at)
     values = cut(writes.values, span).flatten(3, 4)
-    keys, asked = (network.given(cut(x, span).flatten(3, 4)) for x in (writes.keys, queries))
+    keys, asked = (copies(network.given(cut(x, span).flatten(3, 4)), blocks) for x in (writes.keys, queries))
     scales = {signal_key(level): _scale(level) for level in levels}
     targets = values if learner.feedback is None else values @ learner.feedback[0].unsqueeze(1)
+    targets = split_rows(targets, blocks)
     hebbian = levels[0].signal == "hebbian"
     shared = _shared([term.before for term in stacked.terms], keys, writers)
     strength = _seen(learner, stacked, scales, writers) if stacked.before else None
-    solved_keys, solved_targets = (shared, values) if hebbian else solve(strength, keys, shared, targets)
-    errors, seen = [], []
+    solved_keys, solved_targets = (shared, targets) if hebbian else solve(strength, keys, shared, targets)
+    errors, seen, carry = [], [], carry_by_block(carry, blocks)
     pieces = (x.unbind(2) for x in (keys, solved_keys, solved_targets))
     plans = unstack(stacked, len(span.segments))
     for segment, step, key, solved_key, solved_target in zip(span.segments, plans, *pieces, strict=True):
@@ -58,19 +63,19 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
         seen.append(torch.cat(torch.broadcast_tensors(*carried), -2) if len(carried) > 1 else carried[0])
         errors.append(-solved_target if hebbian else solved_key @ seen[-1] - solved_target)
         products = {name: Products([key], [_times(scale, errors[-1])]) for name, scale in scales.items()}
-        carry = move(learner, segment, step, carry, products)
+        carry = _moved(learner, segment, step, carry, products, blocks)
     error, weights = torch.stack(errors, 2), torch.stack(seen, 2)
     recalled = error + targets
     if hebbian:
         recalled = shared @ weights
         if strength is not None:
             recalled = recalled - (strength * (keys @ keys.mT)) @ error
-    surprise = signals.value(levels[0].objectives, recalled, values)
+    surprise = signals.value(levels[0].objectives, join_rows(recalled, blocks), values)
     reads = _shared([term.after for term in stacked.terms], asked, readers) @ weights
     if stacked.strengths:
         after = _copies(_strength(stacked.strengths, scales), readers)
         reads = reads - (after * (asked @ keys.mT)) @ error
-    shape = (span.length, -1)
+    reads, carry, shape = join_rows(reads, blocks), carry_whole(carry, blocks), (span.length, -1)
     return reads.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), carry
 
 
@@ -102,6 +107,30 @@ def check(levels: Sequence[TokenLevel]) -> None:
                     f"{objective.__module__}.{objective.__name__} is not pred - target; "
                     f"set objective to {{losses.recall.mse: 1.0}}, or signal_at to 'chunk'"
                 )
+
+
+def _by_block(gates: dict[str, Gates]) -> tuple[dict[str, Gates], int]:
+    """The gates, with blocks of columns as heads, and how many blocks a head has."""
+    parts = next(iter(gates.values())).parts
+    if parts is None:
+        return gates, 1
+    return {name: blocks_as_heads(gate) for name, gate in gates.items()}, parts.shape[-1]
+
+
+def _moved(
+    learner: Learner, segment: Segment, step: Plan, carry: Carry, products: dict[Key, Products], blocks: int
+) -> Carry:
+    """As `chunkwise.move`: a boundary acts on whole matrices."""
+    if blocks == 1 or not segment.fire:
+        return move(learner, segment, step, carry, products)
+    carry = carry_whole(move(learner, replace(segment, fire={}), step, carry, products), blocks)
+    steps = {name: _whole(step.steps[name], blocks) for name in segment.fire}
+    return carry_by_block(fire_all(learner, segment, steps, carry), blocks)
+
+
+def _whole(step: Step, blocks: int) -> Step:
+    """A boundary's gates, which the blocks of a head share."""
+    return Step(*(None if gate is None else gate[:, ::blocks] for gate in step))  # pyright: ignore[reportArgumentType]
 
 
 def _scale(level: TokenLevel) -> float:

@@ -14,17 +14,18 @@ reference), `vmap_grad` (token by token, gradients by torch.func).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from metamem.memory import chunkwise, delta_rule, module_network, recurrence
+from metamem.config.schema import RouterConfig
+from metamem.memory import chunkwise, delta_rule, digest, module_network, recurrence, routed
 from metamem.memory.base import Memory, Out
-from metamem.memory.combinations import check
+from metamem.memory.combinations import check, check_router
 from metamem.memory.component import (
     Carry,
     Learner,
@@ -38,6 +39,7 @@ from metamem.memory.component import (
     to_state,
     unfold,
 )
+from metamem.memory.digest import DigestState
 from metamem.memory.feature_maps import FeatureMap
 from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.module_network import ModuleNetwork
@@ -45,12 +47,12 @@ from metamem.memory.networks import NETWORKS, MemoryNetwork, Weights
 from metamem.memory.projections import Projections
 from metamem.memory.projections import check as check_projections
 from metamem.memory.reader import Reader
+from metamem.memory.routed import Executor
 from metamem.memory.schedule import Run, known_positions, schedule
 from metamem.memory.step_rule import stepped
-from metamem.memory.writer import Writer, Writes
+from metamem.memory.writer import Writer
+from metamem.routing import Router, Routing
 from metamem.state import State
-
-Executor = Callable[[Learner, Run, Writes, Tensor, Carry], tuple[Tensor, Tensor, Carry]]
 
 
 class PastState(TypedDict):
@@ -59,16 +61,19 @@ class PastState(TypedDict):
     keys: Float[Tensor, "batch heads reach writers d_key"]
     values: Float[Tensor, "batch heads reach writers d_value"]
     rates: dict[str, Float[Tensor, "batch heads reach writers"]]
+    parts: NotRequired[dict[str, Float[Tensor, "batch #heads reach layers blocks"]]]
 
 
 class FastWeightsState(TypedDict, total=False):
     """`position`: tokens read; `levels`: each level's component; `anchor`: the weights at the chunk's start, at which
-    the signals of a half-read chunk go on (`signal_at: chunk`); `past`: where a level has a window."""
+    the signals of a half-read chunk go on (`signal_at: chunk`); `past`: where a level has a window; `router`: where its
+    input is the chunk before."""
 
     position: Int[Tensor, "batch"]
     levels: dict[str, LevelState]
     anchor: dict[str, Float[Tensor, "batch heads d_in d_out"]]
     past: PastState
+    router: DigestState
 
 
 class FastWeights(Memory):
@@ -86,6 +91,7 @@ class FastWeights(Memory):
     - `compile_chunk` compiles the work of one chunk (`executor: dual`, signals of the chunk): one small graph, whatever
                       the length, where compiling the whole module unrolls all chunks
     - `levels`        the token levels of the hierarchy that address this memory, fast to slow
+    - `router`        the settings of a router between them (`metamem.routing`)
 
     Raises ValueError for settings that exclude each other.
     """
@@ -113,6 +119,7 @@ class FastWeights(Memory):
         readers: int = 1,
         executor: Literal["dual", "recurrence", "vmap_grad"] = "dual",
         compile_chunk: bool = False,
+        router: RouterConfig | None = None,
     ) -> None:
         super().__init__()
         d_key, d_value = d_key or dim // heads, d_value or dim // heads
@@ -151,6 +158,11 @@ class FastWeights(Memory):
         if any(level.signal == "predicted_targets" for level in self.levels):
             shapes = [(heads, d_value, weight.shape[-1]) for weight in weights]
             self.feedback = nn.ParameterList([torch.randn(shape) / d_value**0.5 for shape in shapes])
+        self.router = None
+        if router is not None:
+            check_router(router, network)
+            shapes = [(weight.shape[-2], weight.shape[-1]) for weight in weights]
+            self.router = Router(router, dim, [level.name for level in self.levels], heads, shapes)
 
     def init_state(self, batch: int) -> State:
         """The state before the first token: components at zero, weights at W_init."""
@@ -166,6 +178,11 @@ class FastWeights(Memory):
                 "values": init[0].new_zeros(*at, self.network.dims[-1]),
                 "rates": {level.name: init[0].new_zeros(at) for level in self.levels},
             }
+            if (router := self.router) is not None and router.layers * router.blocks > 1:
+                parts = init[0].new_zeros(batch, router.heads, reach, router.layers, router.blocks)
+                state["past"]["parts"] = {level.name: parts for level in self.levels}
+        if self.router is not None and self.router.source == "chunk":
+            state["router"] = digest.to_state(digest.fresh(init, batch, self.dim, self.router.groups))
         return state
 
     def forward(self, x: Float[Tensor, "batch tokens dim"], state: State | None = None) -> Out:
@@ -180,7 +197,9 @@ class FastWeights(Memory):
         positions = [0] if state is None else known_positions(state["position"], clocks)
         state = self.init_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
-            return Out(x.new_zeros(*x.shape[:2], self.dim_out), state, {"surprise": x.new_zeros(x.shape[:2])})
+            nothing = x.new_zeros(*x.shape[:2], self.dim_out)
+            measured = {"surprise": x.new_zeros(x.shape[:2])} | self._measure(self._no_gates(x, state))
+            return Out(nothing, state, measured)
         with torch.autocast(x.device.type, enabled=False):
             init = self._init()
             x = x.to(self.init[0].dtype)  # under autocast, a layer before may give less
@@ -190,23 +209,29 @@ class FastWeights(Memory):
             rest, components = fold(self.levels, init, components)
             anchor = in_order(state["anchor"]) if "anchor" in state else None
             past = Past(**state["past"]) if "past" in state else None
-            carry = Carry(rest, components, anchor, past)
-            learner, run = self._learner(init), self._executor()
-            reads, surprises = [], []
-            for span in self._schedule(positions, x.shape[1]):
-                read, surprise, carry = run(learner, span, writes, queries, carry)
-                reads.append(read)
-                surprises.append(surprise)
-            components = unfold(self.levels, init, carry.components)
+            done = routed.run(
+                self._executor(),
+                self._learner(init),
+                self._schedule(positions, x.shape[1]),
+                x,
+                writes,
+                queries,
+                Carry(rest, components, anchor, past),
+                self.router,
+                digest.from_state(state["router"]) if "router" in state else None,
+            )
+            carry, components = done.carry, unfold(self.levels, init, done.carry.components)
             after: State = {"position": state["position"] + x.shape[1]}
             named = zip(self.levels, components, strict=True)
             after["levels"] = {level.name: to_state(level, component) for level, component in named}
             if carry.anchor is not None and self.signal_at == "chunk":
                 after["anchor"] = by_layer(carry.anchor)
             if carry.past is not None:
-                after["past"] = carry.past._asdict()
-        y = self.reader(torch.cat(reads, 2))
-        return Out(y, after, {"surprise": torch.cat(surprises, 2).mean((1, 3))})
+                after["past"] = {key: value for key, value in carry.past._asdict().items() if value is not None}
+            if done.digest is not None:
+                after["router"] = digest.to_state(done.digest)
+        y = self.reader(done.read)
+        return Out(y, after, {"surprise": done.surprise.mean((1, 3))} | self._measure(done.routing))
 
     def write(self, x: Float[Tensor, "batch tokens dim"], state: State) -> State:
         """The state after x was written."""
@@ -221,6 +246,18 @@ class FastWeights(Memory):
             queries = self.reader.query(x.to(self.init[0].dtype), init[0].dtype)
             recalled = self._learner(init).network.recall(weights, queries.flatten(2, 3))
         return self.reader(recalled.unflatten(2, queries.shape[2:4])), state
+
+    def _measure(self, routing: Routing | None) -> dict[str, Tensor]:
+        if self.router is None or routing is None:
+            return {}
+        return {f"router.{name}": value for name, value in self.router.measure(routing).items()}
+
+    def _no_gates(self, x: Tensor, state: State) -> Routing | None:
+        """The gates of no tokens."""
+        if self.router is None:
+            return None
+        features = state["router"]["features"].unsqueeze(1)[:, :0] if "router" in state else x
+        return self.router(features, self._init()[0].dtype)
 
     def _init(self) -> Weights:
         """W_init in the type of the fast weights: at least float32."""

@@ -98,8 +98,11 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
         surprises.append(signals.value(levels[0].objectives, learner.network.recall(at, keys), values))
         components = []
         for level, component in zip(levels, carry.components, strict=True):
-            rates = writes.gates[level.name].lr[:, :, here].flatten(2, 3)
-            step = [-product for product in recurrence.by_autograd(learner, level, at, keys, values, rates)]
+            gates = writes.gates[level.name]
+            rates, parts = gates.lr[:, :, here].flatten(2, 3), gates.parts
+            if parts is not None:
+                parts = parts[:, :, here].repeat_interleave(writes.keys.shape[3], 2)
+            step = [-product for product in recurrence.by_autograd(learner, level, at, keys, values, rates, parts)]
             components.append(recurrence.add_step(level, component, step))
         last = here.stop - 1
         steps = {name: recurrence.boundary_gates(writes.gates[name], last) for name in segment.fire}

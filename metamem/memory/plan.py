@@ -17,7 +17,7 @@ from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates
 
-Key = tuple  # a level's objectives: levels with equal ones share their signals
+Key = tuple  # of a signal: levels with equal objectives share theirs; of what is written: a gate may tell them apart
 
 
 class Step(NamedTuple):
@@ -26,6 +26,7 @@ class Step(NamedTuple):
     - `delta`, `momentum`  per write: its share in Δ and in S after the segment (its rate, for a level of period P)
     - `keep`, `carry`      the share of Δ and of S in the Δ after the segment
     - `momentum_keep`      the share of S in the S after it
+    - `parts`              per write, what a router multiplies it by in each layer and block of columns
     For a level of period P the last three are the boundary token's α and β (`carry` is None).
     """
 
@@ -34,6 +35,7 @@ class Step(NamedTuple):
     keep: Float[Tensor, "*batch"] | None
     carry: Float[Tensor, "*batch"] | None
     momentum_keep: Float[Tensor, "*batch"] | None
+    parts: Float[Tensor, "batch #heads *segments writes layers blocks"] | None = None
 
 
 class Term(NamedTuple):
@@ -45,9 +47,9 @@ class Term(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The plan of a segment; `strengths`: A[t, write], summed over levels of equal signals, per signal; `before`: the
-    same where the token's signal is computed (none for signals of the chunk). Writes are those of the window's tokens
-    before the segment, where a level has a window, and those of the segment."""
+    """The plan of a segment; `strengths`: A[t, write], summed over levels that write the same; `before`: the same
+    where the token's signal is computed (none for signals of the chunk). Writes are those of the window's tokens before
+    the segment, where a level has a window, and those of the segment."""
 
     terms: list[Term]
     strengths: dict[Key, Float[Tensor, "*batch tokens writes"]]
@@ -60,15 +62,21 @@ def signal_key(level: TokenLevel) -> Key:
     return (level.signal, *level.objectives.items())
 
 
+def write_key(level: TokenLevel, parts: Tensor | None) -> Key:
+    """Levels that write the same: those that share their signals, unless a router scales each one's part by part."""
+    return signal_key(level) if parts is None else (level.name, *signal_key(level))
+
+
 def plan(
     levels: Sequence[TokenLevel],
     gates: dict[str, Gates],
     span: Run,
     signal_at: SignalAt,
     past: dict[str, Tensor] | None = None,
+    past_parts: dict[str, Tensor] | None = None,
 ) -> Plan:
     """The plans of a run's segments, stacked on axis 2 (`unstack` gives the list). `past`: per level, the rates of
-    the tokens before the run that the largest window reaches back to."""
+    the tokens before the run that the largest window reaches back to; `past_parts`: what a router made of each."""
     here = {name: _segments(gate, span) for name, gate in gates.items()}
     rates = {name: here[name].lr if past is None else _windows(gates[name].lr, span, past[name]) for name in here}
     kernels = {
@@ -82,11 +90,15 @@ def plan(
     for level in levels:
         gate, rate = here[level.name], rates[level.name]
         writers, reach = rate.shape[-1], rate.shape[-2] - span.length
+        parts = gates[level.name].parts
+        if parts is not None:
+            parts = _windows(parts, span, past_parts[level.name]) if past_parts else cut(parts, span)
+            parts = parts if writers == 1 else parts.repeat_interleave(writers, 3)
         if level.period > 1:
             keep, momentum = _last(gate.log_keep), _last(gate.log_momentum)
             if reach:
                 rate = rate * _first_writes(level, span.segments, reach, rate)
-            steps[level.name] = Step(rate.flatten(-2), None, keep, None, momentum)
+            steps[level.name] = Step(rate.flatten(-2), None, keep, None, momentum, parts)
             continue
         rate = rate.flatten(-2)
         of = kernels[level.name]
@@ -96,7 +108,7 @@ def plan(
             written = written @ window
             last_written = None if last_written is None else last_written @ window
         strength = _copies(written, writers) * rate.unsqueeze(-2)
-        key = signal_key(level)
+        key = write_key(level, parts)
         strengths[key] = strengths[key] + strength if key in strengths else strength
         if signal_at != "chunk":
             seen = before(strength, 0.0)
@@ -106,7 +118,7 @@ def plan(
         momentum = None if last_written is None else _copies(last_written, writers) * rate
         keep = None if of.keep is None else of.keep[..., -1]
         carry = None if of.carry is None else of.carry[..., -1]
-        steps[level.name] = Step(strength[..., -1, :], momentum, keep, carry, of.last_carry)
+        steps[level.name] = Step(strength[..., -1, :], momentum, keep, carry, of.last_carry, parts)
     shares = {name: (of.keep, of.carry) for name, of in kernels.items()}
     terms = [_term(key, shares, here, signal_at) for key in term_keys(levels)]
     return Plan(terms, strengths, earlier, steps)
@@ -133,9 +145,9 @@ def _copies(share: Tensor, writers: int) -> Tensor:
     return share if writers == 1 else share.repeat_interleave(writers, -1)
 
 
-def _windows(lr: Tensor, span: Run, past: Tensor) -> Tensor:
-    """Rates of the run's segments, each with those of the `past.shape[2]` tokens before it."""
-    return windows(torch.cat([past, lr[:, :, span.start : span.stop]], 2), span)
+def _windows(gate: Tensor, span: Run, past: Tensor) -> Tensor:
+    """A gate of the run's segments, each with that of the `past.shape[2]` tokens before it."""
+    return windows(torch.cat([past, gate[:, :, span.start : span.stop]], 2), span)
 
 
 def windows(x: Float[Tensor, "batch heads time *any"], span: Run) -> Float[Tensor, "batch heads segments tokens *any"]:

@@ -22,13 +22,14 @@ from metamem.memory import signals
 from metamem.memory.component import Carry, Component, Learner, Past, choose_weights, fire_all
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
+from metamem.memory.parts import columns, gated
 from metamem.memory.plan import Step
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates, Writes
 from metamem.state import align
 
-# weights [b h i o], key [b h w i], value [b h w o], rate [b h w] -> per layer Σ_w rate in ⊗ δ
-Products = Callable[[Learner, TokenLevel, Weights, Tensor, Tensor, Tensor], Weights]
+# weights [b h i o], key [b h w i], value [b h w o], rate [b h w], parts [b h w l n] -> per layer Σ_w rate in ⊗ (m ⊙ δ)
+Products = Callable[[Learner, TokenLevel, Weights, Tensor, Tensor, Tensor, Tensor | None], Weights]
 
 
 def run(
@@ -59,6 +60,7 @@ def write(
     """The token's writes, at once or in turn, and what was recalled for its keys before them."""
     key, value, gates = writes.keys[:, :, token], writes.values[:, :, token], writes.gates
     rates = {name: gate.lr[:, :, token] for name, gate in gates.items()}
+    parts = {name: gate.parts[:, :, token] for name, gate in gates.items() if gate.parts is not None}
     starts = token == segment.start
     levels = learner.levels
     before = carry.now()
@@ -78,20 +80,33 @@ def write(
         k, v = key[:, :, group], value[:, :, group]
         recalled.append(learner.network.recall(at, k))
         for index, level in enumerate(levels):
-            written = window(level, carry.past, k, v, rates[level.name][:, :, group], segment, starts)
+            rate, part = rates[level.name][:, :, group], parts.get(level.name)
+            written = window(level, carry.past, k, v, rate, part, segment, starts)
             step = [-product for product in products(learner, level, at, *written)]
             components[index] = add_step(level, components[index], step)
-    return carry._replace(components=components, past=_later(carry.past, key, value, rates)), torch.cat(recalled, 2)
+    past = _later(carry.past, key, value, rates, parts)
+    return carry._replace(components=components, past=past), torch.cat(recalled, 2)
 
 
 def window(
-    level: TokenLevel, past: Past | None, key: Tensor, value: Tensor, rate: Tensor, segment: Segment, starts: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys, values and rates on whose objective a token's step descends: its own, and those of the level's window
-    before it (for a level of period P, once, at the period's first token)."""
-    reach = level.window - level.period
+    level: TokenLevel,
+    past: Past | None,
+    key: Tensor,
+    value: Tensor,
+    rate: Tensor,
+    parts: Tensor | None,
+    segment: Segment,
+    starts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The keys, values, rates and a router's gates on whose objective a token's step descends: its own, and those of
+    the level's window before it (for a level of period P, once, at the period's first token)."""
+    reach, writers = level.window - level.period, key.shape[2]
+    parts = None if parts is None else parts.unsqueeze(2).expand(-1, -1, writers, -1, -1)
     if past is None or reach < 1 or (level.period > 1 and not (starts and segment.refresh is not None)):
-        return key, value, rate
+        return key, value, rate, parts
+    if parts is not None and past.parts is not None:
+        earlier = past.parts[level.name][:, :, -reach:].repeat_interleave(writers, 2)
+        parts = torch.cat([earlier, parts], 2)
     before = past.rates[level.name][:, :, -reach:]
     if level.period > 1 and segment.refresh:
         before = align(torch.tensor(segment.refresh), before) * before
@@ -99,10 +114,13 @@ def window(
         torch.cat([past.keys[:, :, -reach:].flatten(2, 3), key], 2),
         torch.cat([past.values[:, :, -reach:].flatten(2, 3), value], 2),
         torch.cat([before.flatten(2, 3), rate], 2),
+        parts,
     )
 
 
-def _later(past: Past | None, key: Tensor, value: Tensor, rates: dict[str, Tensor]) -> Past | None:
+def _later(
+    past: Past | None, key: Tensor, value: Tensor, rates: dict[str, Tensor], parts: dict[str, Tensor]
+) -> Past | None:
     if past is None:
         return None
     reach = past.keys.shape[2]
@@ -111,7 +129,8 @@ def _later(past: Past | None, key: Tensor, value: Tensor, rates: dict[str, Tenso
         return torch.cat([before, new.unsqueeze(2)], 2)[:, :, -reach:]
 
     rolled = {name: roll(before, rates[name]) for name, before in past.rates.items()}
-    return Past(roll(past.keys, key), roll(past.values, value), rolled)
+    of_parts = past.parts and {name: roll(before, parts[name]) for name, before in past.parts.items()}
+    return Past(roll(past.keys, key), roll(past.values, value), rolled, of_parts)
 
 
 def _decay(component: Component, gates: Gates, token: int) -> Component:
@@ -166,21 +185,35 @@ def _anchored(segment: Segment, now: Weights, anchor: Weights) -> Weights:
 
 
 def written_out(
-    learner: Learner, level: TokenLevel, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
+    learner: Learner,
+    level: TokenLevel,
+    weights: Weights,
+    key: Tensor,
+    value: Tensor,
+    rate: Tensor,
+    parts: Tensor | None = None,
 ) -> Weights:
-    """Per layer `Σ_w rate in ⊗ δ`, δ written out."""
+    """Per layer `Σ_w rate in ⊗ (m ⊙ δ)`, δ written out."""
     network = learner.network
     assert isinstance(network, Network)
     forward = network.forward(key, lambda layer, a: a @ weights[layer])
     deltas = signals.at_layers(level.signal, level.objectives, network, forward, weights, value, learner.feedback)
-    return [(rate.unsqueeze(-1) * a).mT @ delta for a, delta in zip(forward.inputs, deltas, strict=True)]
+    pairs = zip(forward.inputs, gated(deltas, parts), strict=True)
+    return [(rate.unsqueeze(-1) * a).mT @ delta for a, delta in pairs]
 
 
 def by_autograd(
-    learner: Learner, level: TokenLevel, weights: Weights, key: Tensor, value: Tensor, rate: Tensor
+    learner: Learner,
+    level: TokenLevel,
+    weights: Weights,
+    key: Tensor,
+    value: Tensor,
+    rate: Tensor,
+    parts: Tensor | None = None,
 ) -> Weights:
     """The same by torch.func: the gradient of Σ_w rate · loss. Backprop's is the objective; predicted targets have
-    `½ ‖in^l W^l − v P^l‖²` at each layer, no gradient through in^l; Hebbian is `−(k W) · v`."""
+    `½ ‖in^l W^l − v P^l‖²` at each layer, no gradient through in^l; Hebbian is `−(k W) · v`. Where a router's gates
+    tell parts of the weights apart, the gradient of every write by itself."""
     feedback = learner.feedback or []
 
     def loss(
@@ -200,5 +233,13 @@ def by_autograd(
         return (rate * torch.stack(losses).sum(0)).sum()
 
     norm = [] if learner.network.norm is None else list(learner.network.norm)
-    per_head = vmap(grad(loss))
-    return vmap(per_head, in_dims=(0, 0, None, None, 0, 0, 0))(weights, weights, norm, feedback, key, value, rate)
+    per_head = grad(loss)
+    if parts is not None:
+        key, value, rate = key.unsqueeze(3), value.unsqueeze(3), rate.unsqueeze(3)
+        per_head = vmap(per_head, in_dims=(None, None, None, None, 0, 0, 0))
+    per_row = vmap(per_head)
+    steps = vmap(per_row, in_dims=(0, 0, None, None, 0, 0, 0))(weights, weights, norm, feedback, key, value, rate)
+    if parts is None:
+        return steps
+    open_columns = (columns(parts, layer, step.shape[-1]).unsqueeze(3) for layer, step in enumerate(steps))
+    return [(of_layer * step).sum(2) for of_layer, step in zip(open_columns, steps, strict=True)]

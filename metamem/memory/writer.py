@@ -21,11 +21,13 @@ LEARNED_MOMENTUM = 0.5  # where a learned β starts
 
 
 class Gates(NamedTuple):
-    """One level's gates: η per write, and log α, log β per token (None where the level has none)."""
+    """One level's gates: η per write, and log α, log β per token (None where the level has none); `parts`: what a
+    router multiplies the writes into each layer and block of columns by, where that is not one number for the head."""
 
     lr: Float[Tensor, "batch heads tokens writers"]
     log_keep: Float[Tensor, "batch heads tokens"] | None
     log_momentum: Float[Tensor, "batch heads tokens"] | None
+    parts: Float[Tensor, "batch #heads tokens layers blocks"] | None = None
 
 
 class Writes(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +97,7 @@ def train(
             if step % settings.log_every == 0 or step == settings.steps:
                 row = {f"loss/{name}": loss for name, loss in losses.items()}
                 row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-                row |= {name: float(values.detach().mean()) for name, values in out.aux.items()}
+                row |= _means(out.aux)
                 metrics.log(kind="train", step=step, seconds=round(seconds, 3), tokens_per_second=round(rate), **row)
             if progress is not None:
                 progress(Progress(step, settings.steps, losses, rate))
@@ -175,6 +175,19 @@ def _evaluation(
 
 def _loss(pred: Tensor, targets: Tensor, objectives: Objectives) -> Tensor:
     return mean_asked(loss_per_token(objectives, pred, targets), targets)
+
+
+def _means(aux: Mapping[str, Tensor]) -> dict[str, float]:
+    """What was measured as means over batch and time, `name.<index>` where it is several numbers a token; what has more
+    axes is for objectives, and not logged."""
+    rows: dict[str, float] = {}
+    for name, values in aux.items():
+        if values.ndim < 3:
+            rows[name] = float(values.detach().mean())
+        elif values.ndim == 3:
+            means = values.detach().mean((0, 1)).tolist()
+            rows |= {f"{name}.{index}": mean for index, mean in enumerate(means)}
+    return rows
 
 
 def _schedule(config: Config, step: int) -> float:
