@@ -1,4 +1,4 @@
-"""The command line: `metamem train`, `metamem adapt`, `metamem check`, `metamem schema`."""
+"""The command line: `metamem train`, `adapt`, `ablate`, `check`, `schema`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides: training.steps=20")]
 
-USER_ERROR = 2  # exit codes
+FAILED, USER_ERROR = 1, 2  # exit codes
 INTERRUPTED = 130
 
 
@@ -129,6 +129,41 @@ def adapt(
         typer.echo(f"the session is saved in {save_state}")
     if stopped:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+@user_errors
+def ablate(
+    ablation: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML ablation: a grid over a config.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of every cell, or of the ablation: seeds=[0]"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Cells at once, one thread each (default: CPUs).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in the last folder of this name.")] = False,
+    runs: Annotated[Path, typer.Option(help="Where the ablation's folder is made.")] = Path("runs"),
+) -> None:
+    """Run every cell of an ablation in a process of its own; one row of results a cell, as soon as it is finished."""
+    from metamem.analysis.ablation import ablation_folder, run_ablation
+    from metamem.analysis.plan import plan_ablation
+    from metamem.progress import ablation_bar
+
+    plan = plan_ablation(ablation, overrides or [])
+    folder = ablation_folder(plan.name, runs, resume)
+    try:
+        with ablation_bar() as show:
+            rows = run_ablation(plan, folder, workers, show)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: finished cells are kept in {folder}; go on with --resume", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    for row in rows:
+        if row.status != "done":
+            at = f" at step {row.step}" if row.step is not None else ""
+            typer.echo(f"{row.status}{at}: {row.cell}, seed {row.seed}: {row.message}", err=True)
+    done = sum(row.status == "done" for row in rows)
+    typer.echo(f"{folder}: {done} of {len(rows)} cells done; see them with: metamem report {folder}")
+    if any(row.status == "failed" for row in rows):
+        raise typer.Exit(FAILED)
 
 
 @app.command()

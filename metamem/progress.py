@@ -1,4 +1,4 @@
-"""What a person sees while it works: a bar over training steps, a table along a stream."""
+"""What a person sees while it works: a bar over training steps or over cells, a table along a stream."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from jaxtyping import UInt8
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from metamem.adaptation import Session
+from metamem.analysis.ablation import AblationProgress
 from metamem.training import Progress as Step
 from metamem.training.loop import interruptible
 
@@ -43,6 +44,33 @@ def training_bar() -> Iterator[Callable[[Step], None]]:
             bits = next(iter(step.losses.values())) / math.log(2)
             rate = f"{step.tokens_per_second:,.0f}"
             bar.update(task, total=step.steps, completed=step.step, bits=f"{bits:.3f}", rate=rate)
+
+        yield show
+
+
+@contextmanager
+def ablation_bar() -> Iterator[Callable[[AblationProgress], None]]:
+    """A progress bar over the cells of an ablation on stderr: done, left, diverged, failed, time to go."""
+    columns = (
+        TextColumn("cells"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]} left{task.fields[trouble]},"),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("to go"),
+    )
+    # The speed is that of all cells so far: some take much longer than others.
+    bar = Progress(*columns, console=Console(stderr=True), speed_estimate_period=float("inf"))
+    task = bar.add_task("cells", total=None, left="-", trouble="")
+    with bar:
+
+        def show(now: AblationProgress) -> None:
+            trouble = "".join(
+                f", {count} {what}" for what, count in (("diverged", now.diverged), ("failed", now.failed)) if count
+            )
+            bar.update(task, total=now.cells, completed=now.done, left=now.cells - now.done, trouble=trouble)
 
         yield show
 

@@ -1,5 +1,5 @@
 """Every YAML in configs/: a whole config loads, comes back from its own YAML, trains two steps and adapts one; a
-fragment is extended by a whole one; a memory stands in for any other in one line."""
+fragment is extended by a whole one; a memory stands in for any other in one line; the cells of an ablation run."""
 
 import pytest
 import torch
@@ -8,11 +8,14 @@ from small_models import CONFIGS, write_text
 from typer.testing import CliRunner
 
 from metamem import Session, build_task, load_config, load_run, train
+from metamem.analysis import plan_ablation
+from metamem.analysis.cell import run_cell
 from metamem.cli import app
 from metamem.config import to_yaml
 
 WHOLE = sorted(CONFIGS.glob("*.yaml"))
-FRAGMENTS = sorted(path.resolve() for path in CONFIGS.glob("*/*.yaml"))
+ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
+FRAGMENTS = sorted({path.resolve() for path in CONFIGS.glob("*/*.yaml")} - {path.resolve() for path in ABLATIONS})
 MEMORIES = sorted((CONFIGS / "memory").glob("*.yaml"))
 NETWORKS = ("memory_lm", "fast_weights_lm")
 SMALL = {"dim": 16, "blocks": 1}
@@ -118,3 +121,12 @@ def stands_in(memory, network, tmp_path, overrides):
     _, state, aux = model(torch.randint(model.dim_out, (2, 5)))
     assert any(name.endswith(".surprise") for name in aux) == any(level.clock == "token" for level in levels)
     assert model.blocks.reset_state(state["blocks"]).keys() == state["blocks"].keys()
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=label)
+def test_the_first_cell_of_each_family_of_an_ablation_runs(path, tmp_path):
+    plan = plan_ablation(path, ["seeds=[0]", "training.steps=2", "training.batch=2"])
+    for family in dict.fromkeys(cell.family for cell in plan.cells):
+        cell = next(cell for cell in plan.cells if cell.family == family)
+        result = run_cell(cell, plan.function, tmp_path)
+        assert result.status == "done" and result.metrics, result.message

@@ -18,19 +18,19 @@ from metamem.config.check import check_config
 from metamem.config.convert import convert
 from metamem.config.errors import Where, nearest
 from metamem.config.nodes import Node
-from metamem.config.overrides import apply_overrides
+from metamem.config.overrides import Override, apply_overrides
 from metamem.config.references import escape, interpolate
 from metamem.config.schema import Config, to_dict
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The config in the file at `path`, with `key.path=value` overrides on top.
+def load_config(path: Path | str, overrides: Sequence[str | Override] = ()) -> Config:
+    """The config in the file at `path`, with overrides on top: `key.path=value`, or an `Override`.
 
     Raises `ConfigError`, one line with file, line, key, value and the nearest valid choice, for anything that is wrong
     with it; what needs the modules themselves (their options, parameter names) is checked when they are built.
     """
     path = Path(path)
-    root = apply_overrides(_load(path, _display(path), ()), list(overrides))
+    root = apply_overrides(_load(path, display(path), ()), overrides)
     root.value.setdefault("name", Node(path.stem, root.place))
     tree, sources = nodes.strip(root)
     config = convert(interpolate(tree, sources), Config, Where(sources))
@@ -45,11 +45,11 @@ def to_yaml(config: Config) -> str:
 
 def _load(path: Path, asked_by: str, chain: tuple[Path, ...]) -> Node:
     """The merged tree of a file and all that it extends."""
-    place, identity = _display(path), path.resolve()
+    place, identity = display(path), path.resolve()
     if identity in chain:
-        cycle = " -> ".join(_display(step) for step in (*chain[chain.index(identity) :], identity))
+        cycle = " -> ".join(display(step) for step in (*chain[chain.index(identity) :], identity))
         raise Where.of(asked_by).error(f"extends goes in a circle: {cycle}")
-    node = nodes.parse(_read(path, asked_by), place)
+    node = nodes.parse(read_text(path, asked_by), place)
     if node.value is None:
         node.value = {}
     if not isinstance(node.value, dict):
@@ -68,8 +68,9 @@ def _load(path: Path, asked_by: str, chain: tuple[Path, ...]) -> Node:
     return nodes.merge(merged, node)
 
 
-def _read(path: Path, asked_by: str) -> str:
-    name = _display(path)
+def read_text(path: Path, asked_by: str) -> str:
+    """The text of a YAML file; a `ConfigError` at the place that asked for it where it cannot be had."""
+    name = display(path)
     about = "" if asked_by == name else f"{name}: "
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -77,7 +78,7 @@ def _read(path: Path, asked_by: str) -> str:
         folder = path.parent
         siblings = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
         guess = nearest(path.name, siblings)
-        hint = f"; did you mean {_display(folder / guess[0])!r}?" if guess else ""
+        hint = f"; did you mean {display(folder / guess[0])!r}?" if guess else ""
         raise Where.of(asked_by).error(f"{about}no such file{hint}") from None
     except UnicodeDecodeError as error:
         raise Where.of(asked_by).error(f"{about}not UTF-8 text (byte {error.start})") from None
@@ -86,7 +87,7 @@ def _read(path: Path, asked_by: str) -> str:
         raise Where.of(asked_by).error(f"{about}cannot be read: {reason}") from None
 
 
-def _display(path: Path) -> str:
+def display(path: Path) -> str:
     """A path as the user knows it: relative to the current folder where it lies in it."""
     try:
         relative = os.path.relpath(path.resolve())

@@ -192,6 +192,13 @@ def _label(item: Any) -> str:
     return item["name"] if isinstance(item.get("name"), str) else ""
 
 
+def tree(value: Any, place: str) -> Node:
+    """Plain values as a tree, all of it written at one place: the inverse of `strip`."""
+    if isinstance(value, dict):
+        return Node({key: tree(item, place) for key, item in value.items()}, place)
+    return Node([tree(item, place) for item in value] if isinstance(value, list) else value, place)
+
+
 def dump(value: Any) -> str:
     """Plain values as YAML that `parse` reads back to equal ones."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

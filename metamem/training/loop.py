@@ -31,7 +31,11 @@ LAST_RATE = 0.05  # of a cosine schedule, as a share of the rate
 
 
 class Diverged(UserError):
-    """A loss or gradient that is not finite; the checkpoint before it stays."""
+    """A loss or gradient that is not finite at outer step `step`; the checkpoint before it stays."""
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,8 @@ def _check_finite(values: dict[str, float], step: int, folder: Path, saved: int,
         if not math.isfinite(value):
             kept = f"the checkpoint of step {saved} stays in {folder}" if saved else "no checkpoint was made yet"
             raise Diverged(
-                f"step {step}: the {what} of level {name!r} is {value}; {kept}; lower the level's lr, or gradient_clip"
+                f"step {step}: the {what} of level {name!r} is {value}; {kept}; lower the level's lr, or gradient_clip",
+                step,
             )
 
 

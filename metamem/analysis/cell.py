@@ -1,0 +1,120 @@
+"""One cell of an ablation: a training, measured. It runs in a process of its own, on one thread.
+
+- `train_cell`   trains the cell's config and measures it: what a cell is where the ablation names no function
+- `run_cell`     either of the two, whatever comes of it, with its cost
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metamem.analysis.cost import training_cost
+from metamem.analysis.plan import Cell, resolve_function
+from metamem.analysis.results import DiskFull, Result, is_full
+from metamem.analysis.trace import trace_levels
+from metamem.config import Config
+from metamem.registry import TASKS
+from metamem.training import Diverged, build_task, train
+from metamem.training.run_folder import METRICS
+
+MEASURED = ("metrics", "curves", "cost")
+LAST = 0.1  # share of a training whose losses are averaged to its final one
+
+
+def run_cell(cell: Cell, function: str | None, folder: Path) -> Result:
+    """Runs a cell; `folder` is where trainings leave their run folders. A divergence, a number that is not finite or
+    an exception is a result too."""
+    started = time.perf_counter()
+    found: Mapping[str, Any] = {}
+    status, step, message = "done", None, None
+    try:
+        if function is None:
+            found = train_cell(cell.config, folder)
+        else:
+            found = _as_measured(resolve_function(function)(cell.config, cell.seed))
+    except Diverged as error:
+        status, step, message = "diverged", error.step, str(error)
+    except MemoryError:
+        raise  # as when the system ends the process: it may fit the next time
+    except Exception as error:
+        if is_full(error):
+            raise DiskFull(f"{folder}: cannot be written: the disk is full") from error
+        status, message = "failed", f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    unfit = [name for name, value in found.get("metrics", {}).items() if not _is_finite(value)]
+    if status == "done" and unfit:
+        status, message = "diverged", f"{', '.join(unfit)}: not finite"
+        step = cell.config.training.steps if function is None else None
+    cost = {
+        "seconds": time.perf_counter() - started,
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+        **found.get("cost", {}),
+    }
+    return Result(
+        cell.name,
+        cell.family,
+        cell.factors,
+        cell.overrides,
+        cell.seed,
+        cell.fingerprint,
+        status,
+        dict(found.get("metrics", {})),
+        dict(found.get("curves", {})),
+        cost,
+        {key: value for key, value in found.items() if key not in MEASURED},
+        step,
+        message,
+    )
+
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def train_cell(config: Config, root: Path) -> dict[str, Any]:
+    """Trains a config and measures it: the task's evaluation and the final losses (metrics); losses and what memories
+    measured along training, and along a sequence each level's ‖Δ‖ and update, and gates (curves); cost."""
+    shutil.rmtree(root / config.name, ignore_errors=True)  # what an earlier try left
+    if config.training.evaluate_every is None and hasattr(TASKS.get(config.task["name"]), "evaluate"):
+        config = replace(config, training=replace(config.training, evaluate_every=config.training.steps))
+    task = build_task(config)
+    trained = train(config, root, task=task)
+    rows = [json.loads(line) for line in (trained.folder / METRICS).read_text().splitlines()]
+    logged = [row for row in rows if row["kind"] == "train"]
+    evaluated = [row for row in rows if row["kind"] == "evaluation"]
+    metrics = {key: value for key, value in (evaluated[-1] if evaluated else {}).items() if key not in ("kind", "step")}
+    late = [row for row in logged if row["step"] > (1 - LAST) * trained.step]
+    for key in logged[-1]:
+        if key.startswith("loss/"):
+            metrics[key] = sum(row[key] for row in late) / len(late)
+    curves = {
+        key: {"x": [row["step"] for row in logged if key in row], "y": [row[key] for row in logged if key in row]}
+        for key in logged[-1]
+        if key not in ("kind", "step", "seconds", "tokens_per_second") and not key.startswith("gradient_norm/")
+    }
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    inputs, targets = task.sample(generator, config.training.batch, config.training.length)
+    curves |= trace_levels(trained.model, inputs)
+    return {"metrics": metrics, "curves": curves, "cost": training_cost(trained, config, inputs, targets)}
+
+
+def _as_measured(found: Any) -> Mapping[str, Any]:
+    """What a function gave, as metrics, curves and cost; a flat mapping is one of metrics."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"a cell's function gives a mapping, not {type(found).__name__}")
+    return found if "metrics" in found else {"metrics": found}
+
+
+def _is_finite(value: Any) -> bool:
+    return value is None or math.isfinite(float(value))
