@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metamem.analysis.cost import training_cost
 from metamem.analysis.plan import Cell, resolve_function
 from metamem.analysis.results import DiskFull, Result, is_full
@@ -27,9 +25,11 @@ from metamem.analysis.trace import trace_levels
 from metamem.config import Config
 from metamem.registry import TASKS
 from metamem.training import Diverged, build_task, train
+from metamem.training.loop import batches
 from metamem.training.run_folder import METRICS
 
 MEASURED = ("metrics", "curves", "cost")
+NOT_MEASURED, NORMS = ("kind", "step", "seconds", "tokens_per_second"), "gradient_norm/"
 LAST = 0.1  # share of a training whose losses are averaged to its final one
 
 
@@ -91,22 +91,28 @@ def train_cell(config: Config, root: Path) -> dict[str, Any]:
     task = build_task(config)
     trained = train(config, root, task=task)
     rows = [json.loads(line) for line in (trained.folder / METRICS).read_text().splitlines()]
-    logged = [row for row in rows if row["kind"] == "train"]
-    evaluated = [row for row in rows if row["kind"] == "evaluation"]
-    metrics = {key: value for key, value in (evaluated[-1] if evaluated else {}).items() if key not in ("kind", "step")}
+    logged, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "evaluation"))
+    metrics = _numbers(evaluated[-1]) if evaluated else {}
     late = [row for row in logged if row["step"] > (1 - LAST) * trained.step]
-    for key in logged[-1]:
-        if key.startswith("loss/"):
-            metrics[key] = sum(row[key] for row in late) / len(late)
-    curves = {
-        key: {"x": [row["step"] for row in logged if key in row], "y": [row[key] for row in logged if key in row]}
-        for key in logged[-1]
-        if key not in ("kind", "step", "seconds", "tokens_per_second") and not key.startswith("gradient_norm/")
-    }
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    inputs, targets = task.sample(generator, config.training.batch, config.training.length)
+    metrics |= {key: sum(row[key] for row in late) / len(late) for key in logged[-1] if key.startswith("loss/")}
+    curves = _curves(logged) | (_curves(evaluated) if len(evaluated) > 1 else {})
+    inputs, targets = next(batches(replace(config, seed=config.seed + 1), task))
     curves |= trace_levels(trained.model, inputs)
-    return {"metrics": metrics, "curves": curves, "cost": training_cost(trained, config, inputs, targets)}
+    return {"metrics": metrics, "curves": curves, "cost": training_cost(trained, config, task, inputs, targets)}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of a run's metrics measured."""
+    return {key: value for key, value in row.items() if key not in NOT_MEASURED and not key.startswith(NORMS)}
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """What rows measured, by step."""
+    curves = {}
+    for key in dict.fromkeys(key for row in rows for key in _numbers(row)):
+        there = [row for row in rows if key in row]
+        curves[key] = {"x": [row["step"] for row in there], "y": [row[key] for row in there]}
+    return curves
 
 
 def _as_measured(found: Any) -> Mapping[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
@@ -9,19 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metamem.config import Config
 from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, loss_per_token
+from metamem.hierarchy.calendar import calendar_of
 from metamem.state import state_bytes
 from metamem.targets import mean_asked
 from metamem.training import Trained
 
 
 def training_cost(
-    trained: Trained, config: Config, inputs: Shaped[Tensor, "batch time *dims"], targets: Tensor
+    trained: Trained, config: Config, task: Any, inputs: Shaped[Tensor, "batch time *dims"], targets: Tensor
 ) -> dict[str, float]:
     """Seconds of the training; its operations and those of reading one token, which are the matrix products'
     (multiplications and additions, forward and backward), counted on one batch; bytes of state a sequence."""
     model = trained.model
     levels = [level for level in inner_levels(config, model) if level.unroll != 0]
-    outer = OuterLevels(config, model)
+    outer = OuterLevels(config, model, calendar_of(config, task))
     run = InnerLoop(model, levels).run if levels else lambda inputs, _: model(inputs)
     with FlopCounterMode(display=False) as reading, torch.set_grad_enabled(bool(levels)):
         out = run(inputs, targets)
@@ -30,7 +33,6 @@ def training_cost(
         outer.backward(
             lambda objectives: mean_asked(loss_per_token(objectives, out_again.y, targets), targets), out_again.aux
         )
-    model.zero_grad(set_to_none=True)
     return {
         "training_seconds": trained.seconds,
         "training_flops": float(step.get_total_flops()) * trained.step,

@@ -25,6 +25,7 @@ from metamem.config.ablation import AblationConfig, Attribution, FamilyConfig, l
 from metamem.config.errors import show
 from metamem.config.overrides import Override
 from metamem.hierarchy import OuterLevels
+from metamem.hierarchy.calendar import calendar_of
 from metamem.network import build
 from metamem.registry import check_options
 from metamem.training import build_task
@@ -131,9 +132,7 @@ def _first_cell(
         config = _load(ablation, base, settings, ablation.seeds[0])
         check_options(config)
         resolve_objectives(config)
-        OuterLevels(config, build(config))
-        if ablation.function is None:
-            build_task(config)
+        OuterLevels(config, build(config), calendar_of(config, build_task(config)))
     except ValueError as error:  # ConfigError, or what a task says of its options
         raise ConfigError(f"{error} [cell {name!r}]") from error
     overrides = {item.key: item.value for item in settings}

@@ -82,15 +82,15 @@ def train(
     forward = _forward(config, model)
     evaluated_after = _evaluated_after(config, task)
     evaluate = _evaluation(config, model, task, forward) if evaluated_after else None
-    batches = _batches(config, task)
-    first = next(batches)
+    drawn = batches(config, task)
+    first = next(drawn)
 
     folder = create_run(config, root)
     step, saved, started = 0, 0, time.perf_counter()
     with closing(Metrics(folder / METRICS)) as metrics, interruptible() as interrupted:
         if evaluate is not None and 0 in evaluated_after:
             metrics.log(kind="evaluation", step=0, **evaluate(0))
-        for step, (inputs, targets) in enumerate(chain([first], batches), start=1):
+        for step, (inputs, targets) in enumerate(chain([first], drawn), start=1):
             out = forward(inputs, targets)
             losses = outer.backward(partial(_loss, out.y, targets), out.aux)
             _check_finite(losses, step, folder, saved, "loss")
@@ -124,7 +124,7 @@ def load_run(folder: Path) -> tuple[Network, Config]:
     return model, config
 
 
-def _batches(config: Config, task: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(config: Config, task: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets of every outer step, from the task that it is in where a task is several."""
     settings, generator = config.training, torch.Generator().manual_seed(config.seed)
     for step in range(1, settings.steps + 1):
