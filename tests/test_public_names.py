@@ -49,6 +49,7 @@ PACKAGES = [
     "metamem.analysis",
     "metamem.config",
     "metamem.controllers",
+    "metamem.episodes",
     "metamem.tasks",
     "metamem.training",
 ]
