@@ -5,9 +5,9 @@ attention and an LSTM among them, in one network of two blocks (configs/experime
 memory, a width (of the model and of its one head's keys) and a seed, trained on sequences of 4 to 32 pairs in a process
 of its own. Accuracy is on sequences never trained on, for each number of pairs, and for twice as many as were trained.
 
-All cells train alike, on as many sequences. Each memory has the rate of `RATES` that was best for it at the smallest
-width and the first seed, on validation sequences which are not those of the table; a memory in a controller's loop
-(`LOOPED`), of minutes a cell, has the shipped one. A memory that learns late is told by its number here, not excused.
+All cells train alike, on as many sequences. Each memory has the better of two rates (`rates`) at the smallest width and
+the first seed, on validation sequences which are not those of the table; a memory in a controller's loop (`LOOPED`), of
+minutes a cell, has the shipped one. A memory that learns late is told by its number here, not excused.
 A cell that is done is a line of cells.jsonl; `--resume FOLDER` takes the lines of an earlier run over.
 """
 
@@ -37,9 +37,18 @@ from metamem.state import state_bytes
 from metamem.tasks import AssociativeRecall
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-WIDTHS = (16, 32)
-RATES = (4e-3, 1e-3)  # of the outer optimizer; the first is the shipped one
+WIDTHS = (32, 64)
+RATES = (1e-2, 3e-3)  # of the outer optimizer
+DEEP = (
+    "atlas",
+    "cms",
+    "lact",
+    "titans",
+    "ttt_mlp",
+)  # of several layers: their inner loops diverge at 1e-2
+DEEP_RATES = (3e-3, 1e-3)
 LOOPED = ("mnm_g", "mnm_p")
+SHIPPED_RATE = 4e-3
 WITHOUT = ("attention", "lstm")  # no fast weights: what memories are measured against
 EXACT = ("delta_net", "gated_delta_net", "momentum_delta")  # each token's error at its own weights
 # A sequence has 128 tokens: a memory that is read before its chunk is written needs shorter ones than it ships with.
@@ -153,7 +162,7 @@ def run_all(study: Study, cells: Sequence[Cell], label: str) -> dict[Cell, Resul
             file.write(json.dumps(asdict(result)) + "\n")
             done[result.cell] = result
             bar.advance(task)
-    return done
+    return {cell: done[cell] for cell in cells}
 
 
 def best_rates(tried: Sequence[Result]) -> dict[str, float]:
@@ -165,19 +174,26 @@ def best_rates(tried: Sequence[Result]) -> dict[str, float]:
     return {name: result.cell.rate for name, result in best.items()}
 
 
+def rates(memory: str) -> tuple[float, ...]:
+    """The rates that are tried for a memory."""
+    if memory in LOOPED:
+        return (SHIPPED_RATE,)
+    return DEEP_RATES if memory in DEEP else RATES
+
+
 def report_rates(study: Study, tried: Sequence[Result], chosen: dict[str, float]) -> None:
     """Prints what each rate gave on the validation sequences."""
-    rows = []
+    rows, every = [], sorted({result.cell.rate for result in tried}, reverse=True)
     for memory, best in chosen.items():
         own = {result.cell.rate: result for result in tried if result.cell.memory == memory}
         cells = []
-        for rate in RATES:
+        for rate in every:
             shown = "" if rate not in own else "diverged" if own[rate].failed else f"{own[rate].validation:.3f}"
             if rate in own and not own[rate].failed:
                 study.add(f"{memory}, rate {rate:g}, validation", own[rate].validation, "accuracy")
             cells.append(shown)
         rows.append([memory, *cells, f"{best:g}"])
-    study.table("Rates, on validation sequences", ["", *(f"{rate:g}" for rate in RATES), "chosen"], rows)
+    study.table("Rates, on validation sequences", ["", *(f"{rate:g}" for rate in every), "chosen"], rows)
 
 
 def report(study: Study, results: dict[Cell, Result], memories: Sequence[str], widths: Sequence[int]) -> list[Claim]:
@@ -250,8 +266,8 @@ def main() -> int:
         return [Cell(memory, width, seed, rate, overrides) for rate in rates for seed in seeds]
 
     first = study.seeds[:1]
-    rates = {memory: RATES[:1] if study.smoke or memory in LOOPED else RATES for memory in memories}
-    tried = [cell for memory in memories for cell in cells(memory, widths[0], first, rates[memory])]
+    most = 1 if study.smoke else None
+    tried = [cell for memory in memories for cell in cells(memory, widths[0], first, rates(memory)[:most])]
     results = run_all(study, tried, "rates")
     chosen = best_rates(list(results.values()))
     report_rates(study, list(results.values()), chosen)
