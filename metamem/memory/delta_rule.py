@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metamem.memory import signals
+from metamem.memory import signals, triangular
 from metamem.memory.chunkwise import move
 from metamem.memory.component import Carry, Learner, Products, fire_all, term_weights
 from metamem.memory.level import TokenLevel
@@ -84,9 +84,7 @@ def solve(strength: Tensor | None, keys: Rows, shared: Rows, targets: Rows) -> t
     carried tensors stacked as W, δ = solved_keys W − solved_targets. Λ = `strength` ⊙ K Kᵀ; None for 0."""
     if strength is None:
         return shared, targets
-    both = torch.cat([shared, targets], -1)
-    both = torch.linalg.solve_triangular(strength * (keys @ keys.mT), both, upper=False, unitriangular=True)
-    solved_keys, solved_targets = both.split([shared.shape[-1], targets.shape[-1]], -1)
+    solved_keys, solved_targets = triangular.solve(strength * (keys @ keys.mT), shared, targets)
     return solved_keys, solved_targets
 
 
@@ -139,13 +137,15 @@ def _scale(level: TokenLevel) -> float:
 
 def _seen(learner: Learner, stacked: Plan, scales: dict[Key, float], writers: int) -> Tensor:
     """The strength of every write where each write's signal is computed, write by write."""
-    strength = _copies(_strength(stacked.before, scales), writers)
+    strength = _strength(stacked.before, scales)
     if not learner.in_turn or writers == 1:
-        return strength
+        return _copies(strength, writers)
     write = torch.arange(strength.shape[-1], device=strength.device)
     token = write // writers
     earlier = (token.unsqueeze(1) == token) & (write.unsqueeze(1) > write)
-    return strength + _copies(_strength(stacked.strengths, scales), writers) * earlier
+    earlier = earlier.to(strength.dtype).unflatten(0, (-1, writers))
+    within = _strength(stacked.strengths, scales)
+    return torch.addcmul(strength.unsqueeze(-2), within.unsqueeze(-2), earlier).flatten(-3, -2)
 
 
 def _shared(shares: list[Tensor | None], x: Tensor, copies: int) -> Tensor:
