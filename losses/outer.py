@@ -22,6 +22,13 @@ def next_token(pred: Float[Tensor, "*tokens vocabulary"], target: Int[Tensor, "*
     return flat.reshape(target.shape)
 
 
+def bits(
+    pred: Float[Tensor, "*tokens features"], target: Float[Tensor, "*tokens features"]
+) -> Float[Tensor, "*tokens"]:
+    """−log p(target | logits) of a vector of bits, each by itself: binary cross-entropy, in nats, summed over them."""
+    return functional.binary_cross_entropy_with_logits(pred, target, reduction="none").sum(-1)
+
+
 def router_balance(gates: Float[Tensor, "*tokens groups levels"]) -> Float[Tensor, ""]:
     """The squared coefficient of variation of the levels' importance, their mean gates over tokens and groups: 0 where
     all levels write alike, n − 1 where only one of n does (Shazeer et al. 2017, arXiv 1701.06538, eq. 6 and 7; with

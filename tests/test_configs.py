@@ -13,12 +13,21 @@ from metamem.analysis.cell import run_cell
 from metamem.cli import app
 from metamem.config import to_yaml
 
-WHOLE = sorted(CONFIGS.glob("*.yaml"))
+WHOLE = sorted(path for folder in ("", "algorithmic", "wiring") for path in (CONFIGS / folder).glob("*.yaml"))
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
-FRAGMENTS = sorted({path.resolve() for path in CONFIGS.glob("*/*.yaml")} - {path.resolve() for path in ABLATIONS})
+FRAGMENTS = sorted({*CONFIGS.glob("*/*.yaml")} - {*WHOLE, *ABLATIONS})
 MEMORIES = sorted((CONFIGS / "memory").glob("*.yaml"))
 NETWORKS = ("memory_lm", "fast_weights_lm")
 SMALL = {"dim": 16, "blocks": 1}
+SMALL_TASKS = {
+    "copy": ["task.lengths=[1, 3]", "task.tested=[5]", "task.examples=2"],
+    "repeat_copy": ["task.lengths=[1, 2]", "task.repeats=[1, 2]", "task.tested=[[3, 3]]", "task.examples=2"],
+    "adding": ["task.lengths=[4, 8]", "task.tested=[10]", "task.examples=2"],
+    "sort": ["task.lengths=[2, 4]", "task.tested=[5]", "task.examples=2"],
+    "argmax": ["task.lengths=[2, 4]", "task.tested=[5]", "task.examples=2"],
+    "graph": ["task.nodes=[3, 4]", "task.tested=[5]", "task.stations=[3]", "task.extra=1", "task.examples=2"],
+    "stories": ["task.kinds=[one_fact, counting]", "task.length=20", "task.examples=2"],
+}
 LENGTH = 64  # at least every memory's chunk and period
 
 
@@ -47,7 +56,7 @@ def overrides(tmp_path):
         task["two_clock"] = [f"task.sources={texts}", "task.fast=8", "task.slow=32", "task.stream=40"]
         task["continual"] = [f"task.sources={texts}", "task.steps_per_task=1", "task.examples=2"]
         task["drift"] = ["task.stream=64", "task.examples=2"]
-        return settings + task.get(config.task["name"], [])
+        return settings + (task | SMALL_TASKS).get(config.task["name"], [])
 
     return of
 

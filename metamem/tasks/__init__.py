@@ -28,21 +28,35 @@ A task whose data have an end says in how many outer steps as much is read, for 
 """
 
 from metamem.targets import IGNORE, accuracy
+from metamem.tasks.adding import Adding
+from metamem.tasks.argmax import Argmax
 from metamem.tasks.associative_recall import AssociativeRecall
 from metamem.tasks.continual import Continual
+from metamem.tasks.copy import Copy
 from metamem.tasks.dictionary import Dictionary
 from metamem.tasks.drift import Drift
 from metamem.tasks.english import English
+from metamem.tasks.graph import Graph
+from metamem.tasks.repeat_copy import RepeatCopy
+from metamem.tasks.sort import Sort
+from metamem.tasks.stories import Stories
 from metamem.tasks.text import TaskError, load_text, respell, sample_windows, split_text, to_bytes
 from metamem.tasks.two_clock import TwoClock
 
 __all__ = [
     "IGNORE",
+    "Adding",
+    "Argmax",
     "AssociativeRecall",
     "Continual",
+    "Copy",
     "Dictionary",
     "Drift",
     "English",
+    "Graph",
+    "RepeatCopy",
+    "Sort",
+    "Stories",
     "TaskError",
     "TwoClock",
     "accuracy",

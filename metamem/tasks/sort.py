@@ -1,0 +1,74 @@
+"""Task `sort`: read numbers, then write them out in ascending order.
+
+inputs    x_1 … x_n   sort   ·   …  ·              tokens: 0 … symbols − 1, `sort`, `·`
+targets               x_(1)  x_(2) … x_(n)         the smallest first, equal ones as often as they came
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from metamem.registry import TASKS
+from metamem.targets import IGNORE
+from metamem.tasks.episodic import Episodes, Episodic, check_length, check_range, draw
+from metamem.tasks.text import TaskError
+
+
+@TASKS.register("sort")
+class Sort(Episodic):
+    """Sorting numbers.
+
+    Args:
+        lengths: the fewest and the most numbers of a training episode.
+        symbols: how many numbers there are.
+        tested: how many numbers are evaluated besides the most of training: more than was trained.
+        examples: episodes of the evaluation set, for each of them.
+        seed: of the evaluation set, which is the same for all models and at all times.
+
+    Raises `TaskError` for settings that cannot be, and where a sequence is too short for the longest episode.
+    """
+
+    def __init__(
+        self,
+        *,
+        lengths: tuple[int, int] = (4, 8),
+        symbols: int = 16,
+        tested: tuple[int, ...] = (12, 16),
+        examples: int = 256,
+        seed: int = 0,
+    ) -> None:
+        self.shortest, self.longest = check_range("lengths", lengths)
+        if symbols < 2 or min((1, *tested)) < 1:
+            raise TaskError(f"symbols must be at least 2 and tested 1, not {symbols} and {list(tested)}")
+        super().__init__({f"length-{n}": n for n in dict.fromkeys((self.longest, *tested))}, examples, seed)
+        self.symbols, self.vocabulary = symbols, symbols + 2
+
+    def sample(self, generator: torch.Generator, batch: int, length: int) -> Episodes:
+        """`batch` episodes, each of its own number of numbers."""
+        check_length(2 * self.longest, length, f"sorting {self.longest} numbers")
+        return self._lay_out(generator, draw(generator, batch, self.shortest, self.longest), length)
+
+    def episodes(self, generator: torch.Generator, batch: int, setting: int) -> Episodes:
+        """`batch` episodes of one number of numbers."""
+        return self._lay_out(generator, torch.full((batch,), setting), 2 * setting)
+
+    def _lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+        place, sizes, (mark, blank) = torch.arange(length), sizes[:, None], (self.symbols, self.symbols + 1)
+        shown, wanted = place < sizes, (place >= sizes) & (place < 2 * sizes)
+        numbers = torch.randint(self.symbols, shown.shape, generator=generator)
+        # What is not shown is larger than any number, and so sorted to the end.
+        ordered = numbers.masked_fill(~shown, self.symbols).sort(1).values
+        inputs = torch.where(shown, numbers, torch.where(place == sizes, mark, blank))
+        targets = torch.full_like(inputs, IGNORE)
+        targets[wanted] = ordered[shown]
+        return inputs, targets
+
+    def describe(self) -> str:
+        """What an episode holds and what is evaluated; one line each."""
+        tested = ", ".join(str(n) for n in self.settings.values())
+        return (
+            f"train: {self.shortest} to {self.longest} numbers of {self.symbols}, then the same in ascending order\n"
+            f"evaluation: {self.examples} episodes each of {tested} numbers, seed {self.seed}"
+        )
