@@ -49,6 +49,7 @@ DEEP = (
 DEEP_RATES = (3e-3, 1e-3)
 LOOPED = ("mnm_g", "mnm_p")
 SHIPPED_RATE = 4e-3
+ELSEWHERE = ("dnc", "ntm", "sam", "sdnc", "episodic", "key_value", "window")  # slots: with a controller, on their tasks
 WITHOUT = ("attention", "lstm")  # no fast weights: what memories are measured against
 EXACT = ("delta_net", "gated_delta_net", "momentum_delta")  # each token's error at its own weights
 # A sequence has 128 tokens: a memory that is read before its chunk is written needs shorter ones than it ships with.
@@ -253,7 +254,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Runs the cells, reports; the exit code is the verdict's."""
-    shipped = sorted(path.stem for path in (CONFIGS / "memory").glob("*.yaml"))
+    shipped = sorted({path.stem for path in (CONFIGS / "memory").glob("*.yaml")} - set(ELSEWHERE))
     study = open_study("associative_recall", "How many pairs does each memory remember?", options=options)
     memories = [*(name for name in shipped if name not in WITHOUT), *WITHOUT]
     if study.options.memories:

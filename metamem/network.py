@@ -21,7 +21,7 @@ from metamem.config.schema import ConnectionConfig, RouterConfig
 from metamem.globs import matches
 from metamem.hierarchy import learned_rates, token_levels
 from metamem.layers import Gate
-from metamem.memory import cell, context, gated_residual, persistent_tokens  # noqa: F401  (they register their kinds)
+from metamem.memory import cell, context, gated_residual, persistent_tokens, slots  # noqa: F401  (they register kinds)
 from metamem.memory.base import Out
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel

@@ -10,11 +10,13 @@ second list of them to keep in step:
     # network: {modules: {scale: {kind: scale, dim: 128}}, ...}
 
 An option annotated with a module class is a module of its own in the config, with its kind and options: nested in the
-constructor's, which is given it built. One annotated `dict[str, Class]` is a mapping of such, by name.
+constructor's, which is given it built. One annotated `dict[str, Class]` is a mapping of such, by name. An argument
+annotated with a dataclass stands for its fields, each an option.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -78,13 +80,15 @@ class Registry(Generic[T]):
 
     def options(self, name: str) -> dict[str, tuple[Any, Any]]:
         """Option -> (annotation, default or `dataclasses.MISSING`), in the constructor's order."""
-        constructor = self.get(name)
+        constructor, found = self.get(name), {}
         hints = _hints(constructor)
-        return {
-            item.name: (hints[item.name], MISSING if item.default is item.empty else item.default)
-            for item in _keywords(constructor)
-            if item.name not in self.builder_args
-        }
+        for item in _keywords(constructor):
+            if dataclasses.is_dataclass(hint := hints.get(item.name)):
+                of = get_type_hints(hint, include_extras=True)
+                found |= {field.name: (of[field.name], field.default) for field in dataclasses.fields(hint)}
+            elif item.name not in self.builder_args:
+                found[item.name] = (hint, MISSING if item.default is item.empty else item.default)
+        return found
 
     def nested(self, name: str, options: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
         """The entries of the modules among checked options, by the keys that lead to each."""
@@ -152,6 +156,7 @@ class Registry(Generic[T]):
             arguments[keys[0]] = part if len(keys) == 1 else {**arguments[keys[0]], keys[1]: part}
         taken = {parameter.name for parameter in _keywords(constructor)} & self.builder_args
         try:
+            arguments = _grouped(constructor, arguments)
             return constructor(**arguments, **{key: value for key, value in supplied.items() if key in taken})
         except ConfigError:
             raise  # it already says where, more exactly
@@ -175,6 +180,16 @@ class Registry(Generic[T]):
             kinds = [other for other in self if _makes(self.get(other), wanted)]
             raise (place / self.key).unknown(f"{entry[self.key]!r} is no {wanted.__name__}", entry[self.key], kinds)
         return part
+
+
+def _grouped(constructor: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for options: those that are fields of a dataclass, in one of it."""
+    arguments = dict(options)
+    for name in (parameter.name for parameter in _keywords(constructor)):
+        if dataclasses.is_dataclass(hint := _hints(constructor).get(name)):
+            fields = [field.name for field in dataclasses.fields(hint) if field.name in options]
+            arguments[name] = hint(**{field: arguments.pop(field) for field in fields})
+    return arguments
 
 
 def is_module(annotation: Any) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ from metamem.memory.gated_residual import GatedResidual
 from metamem.memory.level import TokenLevel
 from metamem.memory.mnm import MNM
 from metamem.memory.signals import Objective, Signal
+from metamem.memory.slots import DNC, NTM, DenseOptions, NTMOptions
 from metamem.network import Network
 from metamem.state import State, flatten, leaves, load_state, save_state, state_bytes
 
@@ -79,6 +81,9 @@ def mnm(signal: Signal) -> MNM:
     return MNM(DIM, [fast(signal=signal)], hidden=6, width=5, heads=2)
 
 
+# Slots have no objective of their own; what a read moves, its heads, is state that the write before it has not.
+SLOTS_EXEMPT = frozenset({"descent", "write_then_read"})
+SIZES: dict[str, Any] = {"slots": 6, "word": 5, "dim_out": DIM}
 # A token moves MNM's controller: the same token is another key the next time, and a read after a write a step more.
 MNM_EXEMPT = frozenset({"descent", "write_then_read"})
 LEARNED = {"momentum": "learned", "forget": "learned"}
@@ -149,6 +154,11 @@ MEMORIES = {
     "cms": Entry(lambda: chain(4, 8), exempt=frozenset({"descent", "write_then_read"})),
     "mnm-g": Entry(lambda: mnm("backprop"), MNM_EXEMPT),
     "mnm-p": Entry(lambda: mnm("predicted_targets"), MNM_EXEMPT),
+    "dnc": Entry(lambda: DNC(DIM, DenseOptions(**SIZES, write_heads=2, pass_through=True)), SLOTS_EXEMPT),
+    "dnc-learned-start": Entry(
+        lambda: DNC(DIM, DenseOptions(**SIZES, initial="learned", normalisation="layer")), SLOTS_EXEMPT
+    ),
+    "ntm": Entry(lambda: NTM(DIM, NTMOptions(**SIZES, write_heads=2)), SLOTS_EXEMPT),
 }
 CONTROLLED = frozenset({"descent", "write_then_read"})  # as MNM's, and a cell measures by its memories' names
 MEMORIES["cell"] = Entry(lambda: MemoryCell(DIM, LSTM(DIM, 6), {"long": MEMORIES["delta"].make()}), CONTROLLED)

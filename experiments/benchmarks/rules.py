@@ -29,7 +29,8 @@ from metamem.state import state_bytes
 BATCH, WIDTH, HEADS = 4, 256, 4
 LENGTHS = (1024, 2048, 4096, 8192)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-NOT_MEASURED = ("attention", "lstm", "mnm_g", "mnm_p")  # no fast weights, or in a controller's loop (mnm.py)
+# No fast weights, or token by token, as in a controller's loop (mnm.py, slots.py).
+NOT_MEASURED = ("attention", "lstm", "mnm_g", "mnm_p", "dnc", "ntm", "sam", "sdnc", "episodic", "key_value", "window")
 OVERRIDES = {
     "ttt_mlp": ("vars.chunk=64",),
     "titans": ("vars.chunk=64", "hierarchy.levels.surprise.rule.lr_max=0.005"),

@@ -1,0 +1,36 @@
+"""Temporal links: which slot was written after which (Graves et al. 2016, Methods), for each write head.
+
+L_ij ← (1 − w_i − w_j) L_ij + w_i p_j,   L_ii = 0              L_ij: how much slot i was written next after slot j
+p ← (1 − Σ w) p + w                                            p_j: how much slot j was the last one written
+forward = L w^r,   backward = Lᵀ w^r                           where a read head goes on, or back, from where it was
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metamem.memory.slots.content import Weights
+
+Links = Float[Tensor, "batch writes slots slots"]
+Precedence = Float[Tensor, "batch writes slots"]
+Directed = Float[Tensor, "batch writes heads slots"]
+
+
+def links_after(links: Links, precedence: Precedence, written: Weights) -> Links:
+    """The links after a write; `precedence`: that before it."""
+    later, earlier = written.unsqueeze(-1), written.unsqueeze(-2)
+    links = torch.addcmul((1 - later - earlier) * links, later, precedence.unsqueeze(-2))
+    return links * (1 - torch.eye(links.shape[-1], dtype=links.dtype, device=links.device))
+
+
+def precedence_after(precedence: Precedence, written: Weights) -> Precedence:
+    """The precedence after a write."""
+    return torch.addcmul(written, 1 - written.sum(-1, keepdim=True), precedence)
+
+
+def directed(links: Links, read: Weights) -> tuple[Directed, Directed]:
+    """Where each link takes each read head: forward, and backward."""
+    heads = read.unsqueeze(1)
+    return heads @ links.mT, heads @ links

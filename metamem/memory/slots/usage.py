@@ -1,0 +1,51 @@
+"""Dynamic allocation: which slots are in use, and where a head writes that wants a free one (Graves et al. 2016).
+
+    u ← (u + (1 − u)(1 − Π_heads (1 − w^w))) Π_heads (1 − f w^r)              the weights of the token before
+    a_i = (1 − u_i) Π_{j before i} u_j,   u = ε + (1 − ε) u                  before: less used, or as used and lower
+
+Released DNC: no gradient goes through the write weights into the usage; several write heads allocate in turn, each
+after what the ones before it are about to take.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metamem.memory.slots.content import EPSILON, Weights
+
+Usage = Float[Tensor, "batch slots"]
+HeadGates = Float[Tensor, "batch heads"]
+Written = Float[Tensor, "batch writes slots"]
+
+
+def usage_after(usage: Usage, written: Written, read: Weights, free: HeadGates) -> Usage:
+    """The usage once what was written is in use, and what was read and freed no more."""
+    kept = _product(1 - written.detach())
+    return (1 - kept * (1 - usage)) * _product(1 - free.unsqueeze(-1) * read)
+
+
+def allocation(usage: Usage) -> Usage:
+    """A weight that is near 1 at the least used slot, the lowest of equal ones; 0 everywhere where all are in use."""
+    ordered, slots = (EPSILON + (1 - EPSILON) * usage).sort(dim=-1, stable=True)
+    logs = ordered.log()
+    shares = (1 - ordered) * torch.exp(logs.cumsum(-1) - logs)
+    return torch.zeros_like(usage).scatter(-1, slots, shares)
+
+
+def allocate(usage: Usage, gates: HeadGates) -> Weights:
+    """Allocation weights of each write head; `gates`: how much of its allocation each is about to write."""
+    weights: list[Tensor] = []
+    for head in range(gates.shape[1]):
+        if weights:
+            usage = usage + (1 - usage) * gates[:, head - 1 : head] * weights[-1]
+        weights.append(allocation(usage))
+    return torch.stack(weights, 1)
+
+
+def _product(factors: Float[Tensor, "batch _heads slots"]) -> Usage:
+    return functools.reduce(operator.mul, factors.unbind(1))
