@@ -21,7 +21,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING
-from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -83,7 +83,7 @@ class Registry(Generic[T]):
         constructor, found = self.get(name), {}
         hints = _hints(constructor)
         for item in _keywords(constructor):
-            if dataclasses.is_dataclass(hint := hints.get(item.name)):
+            if is_group(hint := hints.get(item.name)):
                 of = get_type_hints(hint, include_extras=True)
                 found |= {field.name: (of[field.name], field.default) for field in dataclasses.fields(hint)}
             elif item.name not in self.builder_args:
@@ -186,10 +186,15 @@ def _grouped(constructor: Callable[..., Any], options: Mapping[str, Any]) -> dic
     """The arguments for options: those that are fields of a dataclass, in one of it."""
     arguments = dict(options)
     for name in (parameter.name for parameter in _keywords(constructor)):
-        if dataclasses.is_dataclass(hint := _hints(constructor).get(name)):
+        if is_group(hint := _hints(constructor).get(name)):
             fields = [field.name for field in dataclasses.fields(hint) if field.name in options]
             arguments[name] = hint(**{field: arguments.pop(field) for field in fields})
     return arguments
+
+
+def is_group(annotation: Any) -> TypeGuard[type[Any]]:
+    """Whether an argument with this annotation stands for options, the fields of a dataclass."""
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
 
 
 def is_module(annotation: Any) -> bool:

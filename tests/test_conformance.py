@@ -52,6 +52,8 @@ for key, expected in results[0].items():
         pytest.param("context-titans", "aot_eager", 11, id="context-titans-graph", marks=pytest.mark.slow),
         pytest.param("mnm-g", "aot_eager", 3, id="mnm-g-graph"),
         pytest.param("mnm-p", "inductor", 3, id="mnm-p-inductor", marks=pytest.mark.slow),
+        pytest.param("dnc", "aot_eager", 3, id="dnc-graph"),
+        pytest.param("ntm", "aot_eager", 2, id="ntm-graph", marks=pytest.mark.slow),
         pytest.param("delta", "inductor", 4, id="delta-inductor", marks=pytest.mark.slow),
         pytest.param("gated-delta-momentum", "inductor", 8, id="gated-delta-inductor", marks=pytest.mark.slow),
         pytest.param("mlp3-two-levels", "inductor", 8, id="mlp3-two-levels-inductor", marks=pytest.mark.slow),
@@ -70,6 +72,41 @@ def run_compiled(code, *arguments):
     command = [sys.executable, "-c", code, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+TOKEN_BY_TOKEN = """
+import torch
+from conformance import DIM, SIZES, gradients, tensors, tokens
+from metamem.memory.slots import DNC, NTM, DenseOptions, NTMOptions, slot_memory
+from torch._dynamo.backends.debugging import aot_eager
+
+torch.set_num_threads(1)
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return aot_eager(graph, inputs)
+
+compiled = torch.compile(slot_memory.token, fullgraph=True, dynamic=False, backend=backend)
+slot_memory._compiled = lambda: compiled
+for kind, options in ((DNC, DenseOptions), (NTM, NTMOptions)):
+    results, x = [], tokens(2, 9).requires_grad_()
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        memory = kind(DIM, options(**SIZES, compile_step=compiles)).double()
+        graphs.clear()
+        out = memory(x)
+        results.append({**tensors(out), **{f"d {key}": value for key, value in gradients(memory, x, out).items()}})
+    for key, expected in results[0].items():
+        message = lambda text: f"{kind.__name__} {key}: {text}"
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-6, atol=1e-8, msg=message)
+    assert 1 <= len(graphs) <= 3, f"{kind.__name__}: {len(graphs)} graphs for nine tokens"
+"""
+
+
+def test_compiled_token_by_token_slots_give_the_same_numbers_in_a_few_graphs():
+    """`compile_step`: a graph for the first token, whose state needs no gradient, and one for all after it."""
+    run_compiled(TOKEN_BY_TOKEN)
 
 
 CHUNK_BY_CHUNK = """

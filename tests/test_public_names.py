@@ -50,6 +50,7 @@ PACKAGES = [
     "metamem.config",
     "metamem.controllers",
     "metamem.episodes",
+    "metamem.memory.slots",
     "metamem.tasks",
     "metamem.training",
 ]

@@ -1,6 +1,6 @@
 """Registries: options come from the constructor's signature, and every wrong one is one line that names it."""
 
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -52,6 +52,37 @@ def test_build_converts_and_supplies(registry: Registry[Part]) -> None:
     assert part.arguments["names"] == ("a",)
     assert part.arguments["pair"] == (1.0, 2.0)
     assert isinstance(part.arguments["rate"], float)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Options of several parts."""
+
+    width: int
+    depth: Annotated[int, Range(low=1)] = 1
+
+    def __post_init__(self) -> None:
+        if self.width % self.depth:
+            raise ValueError(f"width {self.width} is not divisible by depth {self.depth}")
+
+
+def test_an_argument_that_is_a_dataclass_stands_for_its_fields(registry: Registry[Any]) -> None:
+    @registry.register("sized")
+    class Sized:
+        def __init__(self, dim: int, sizes: Sizes, rate: float = 0.5) -> None:
+            self.arguments = dim, sizes, rate
+
+    assert list(registry.options("sized")) == ["dim", "width", "depth", "rate"]
+    assert registry.options("sized")["width"][1] is MISSING
+    built = registry.build("sized", {"width": 4, "depth": 2, "dim": 1})
+    assert built.arguments == (1, Sizes(4, 2), 0.5)
+    for options, message in [
+        ({"dim": 1}, "here: width: is missing: part 'sized' needs an integer"),
+        ({"dim": 1, "width": 4, "depth": 0}, "here: depth: must be at least 1, not 0"),
+        ({"dim": 1, "width": 4, "depth": 3}, "here: width 4 is not divisible by depth 3"),
+        ({"dim": 1, "widht": 4}, "here: widht: part 'sized' has no such option; did you mean 'width'?"),
+    ]:
+        assert message in error_of(lambda options=options: registry.build("sized", options, "here"))
 
 
 @pytest.mark.parametrize(
