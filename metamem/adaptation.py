@@ -18,10 +18,9 @@ import optree
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call
 
 from metamem.config import Config, UserError, resolve_objectives
-from metamem.hierarchy import InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
+from metamem.hierarchy import Carried, InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, loss_per_token
 from metamem.memory.base import writing
 from metamem.network import Network
 from metamem.state import State, check_like, load_state, save_state, state_bytes, tree_map
@@ -146,17 +145,10 @@ class Session:
 
     def _predict(self, inputs: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State, dict[str, list[Tensor]]]:
         """Losses, the state after, and per level the gradient of its summed objective."""
-        with torch.set_grad_enabled(bool(self.loop.levels)), writing(self.model, self.writing):
-            out = functional_call(self.model, self.loop.parameters(self.inner), (inputs, state))
+        with torch.no_grad(), writing(self.model, self.writing):
+            out, gradients = self.loop.read(inputs, targets, Carried(self.inner, state))
             losses = loss_per_token(self.objectives, out.y, targets)
-            gradients = {}
-            for index, level in enumerate(self.loop.levels):
-                total = loss_per_token(level.objectives, out.y, targets).sum()
-                wanted = list(self.inner[level.name].fast.values())
-                more = index + 1 < len(self.loop.levels)
-                found = torch.autograd.grad(total, wanted, retain_graph=more, materialize_grads=True)
-                gradients[level.name] = list(found)
-        return losses.detach(), tree_map(_settled, out.state), gradients
+        return losses, tree_map(_settled, out.state), gradients
 
     def _learn(self) -> int:
         """The levels whose period ends here take their step on the mean gradient of the period."""

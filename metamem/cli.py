@@ -172,14 +172,15 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing."""
     resolved = load_checked(config, overrides)
     from metamem.config import tables
-    from metamem.hierarchy import calendar_of
+    from metamem.hierarchy import calendar_of, inner_loop
     from metamem.training import build_task
 
     model = importlib.import_module("metamem.network").build(resolved)
     task = build_task(resolved)
-    calendar = calendar_of(resolved, task)
     parameters = dict(model.named_parameters())
     owned = ownership(parameters, resolved.hierarchy)
+    calendar = calendar_of(resolved, task)
+    inner_loop(resolved, model)
     # Piped, the width is unknown, and 80 columns would break the names that one greps for.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(tables.network_tree(model, resolved.name))

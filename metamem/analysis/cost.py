@@ -25,8 +25,8 @@ def training_cost(
     model = trained.model
     levels = [level for level in inner_levels(config, model) if level.unroll != 0]
     outer = OuterLevels(config, model, calendar_of(config, task))
-    run = InnerLoop(model, levels).run if levels else lambda inputs, _: model(inputs)
-    with FlopCounterMode(display=False) as reading, torch.set_grad_enabled(bool(levels)):
+    run = InnerLoop(model, levels, config.training.unroll, config.training.recompute).run
+    with FlopCounterMode(display=False) as reading, torch.no_grad():
         out = run(inputs, targets)
     with FlopCounterMode(display=False) as step:
         out_again = run(inputs, targets)

@@ -140,6 +140,10 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
             )
     if level.outer and level.unroll is not None:
         raise (where / "unroll").error("is for inner levels: no gradient flows through outer steps")
+    if level.clock == "token" and level.unroll is not None:
+        raise (where / "unroll").error(
+            "is for inner levels: a memory's gradient is cut in all its levels at once, every training.unroll tokens"
+        )
     if level.unroll in (0, 1) and level.optimizer is not None and level.optimizer.lr == "learned":
         # The cut comes right after the update: with unroll 1 no loss sees the rate of any.
         raise where.at("optimizer", "lr").error(
@@ -148,6 +152,9 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
     if (optimizer := level.optimizer) is not None:
         if level.outer and optimizer.lr == "learned":
             raise where.at("optimizer", "lr").error("an outer level's rate must be a number: no level learns it")
+        for key in ("lr_per", "lr_sign", "lr_initial"):
+            if optimizer.lr != "learned" and getattr(optimizer, key) != getattr(type(optimizer), key):
+                raise where.at("optimizer", key).error("is of a learned rate, and lr is a number: set lr to learned")
         if optimizer.name != "sgd" and optimizer.momentum:
             raise where.at("optimizer", "momentum").error(f"is sgd's; {optimizer.name} has betas")
         if optimizer.name == "sgd" and optimizer.betas != type(optimizer).betas:

@@ -87,13 +87,20 @@ class RuleConfig(Located):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Located):
-    """The optimizer of an `inner` or an outer level. `momentum` is sgd's; `betas` are those of adam and adamw."""
+    """The optimizer of an `inner` or an outer level. `momentum` is sgd's; `betas` are those of adam and adamw.
+
+    The learned rate of an inner level is one per `lr_per`, starts at `lr_initial`, and stays positive or may take any
+    sign.
+    """
 
     name: Literal["sgd", "adam", "adamw"]
     lr: NonNegative | Learned
     momentum: Fraction = 0.0
     weight_decay: NonNegative = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    lr_per: Literal["level", "group", "tensor", "row", "element"] = "tensor"
+    lr_sign: Literal["positive", "any"] = "positive"
+    lr_initial: Positive = 0.03
 
 
 @dataclass(frozen=True)
@@ -177,15 +184,19 @@ class HierarchyConfig(Located):
 class TrainingConfig(Located):
     """Meta-training: `steps` outer steps over `batch` sequences of `length` tokens.
 
-    An epoch is `steps_per_epoch` outer steps (null: the task's own, where its data have an end). The rates of the outer
-    levels rise over `warmup` steps, then stay (`constant`) or fall to a twentieth (`cosine`).
-    A task that can be evaluated is, every `evaluate_every` steps and at the end (null: never).
+    An epoch is `steps_per_epoch` outer steps (null: the task's own, where its data have an end). The outer gradient is
+    cut every `unroll` tokens of a sequence (null: never); with `recompute`, what it flows through is computed anew in
+    the backward pass instead of kept. The rates of the outer levels rise over `warmup` steps, then stay (`constant`) or
+    fall to a twentieth (`cosine`). A task that can be evaluated is, every `evaluate_every` steps and at the end (null:
+    never).
     """
 
     steps: Count = 2000
     batch: Count = 16
     length: Count = 512
     steps_per_epoch: Count | None = None
+    unroll: Count | None = None
+    recompute: bool = False
     warmup: Whole = 50
     schedule: Literal["constant", "cosine"] = "cosine"
     gradient_clip: Positive | None = 1.0

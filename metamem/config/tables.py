@@ -90,6 +90,8 @@ def _rule(level: LevelConfig) -> str:
     settings = {key: value for key, value in to_dict(level.optimizer).items() if value not in (0.0, None)}
     name = settings.pop("name")
     settings.pop("betas" if name == "sgd" else "momentum", None)
+    if settings["lr"] != "learned":
+        settings = {key: value for key, value in settings.items() if not key.startswith("lr_")}
     if level.unroll is not None:
         settings["unroll"] = level.unroll
     return "\n".join([name, *(_setting(key, value) for key, value in settings.items())])

@@ -6,23 +6,35 @@
 - `outer`       levels, on steps, epochs or tasks, move the slow weights that they own (`OuterLevels`), each by the mean
                 gradient of its own objective over its period
 - `calendar`    after which outer steps an epoch or a task ends
+- `rates`       the learned rates of inner levels; `recompute`: a graph that is made anew instead of kept
 - `objectives`  what a level learns from: the loss of every token, and what memories measured on the way
 """
 
 from metamem.hierarchy.calendar import Calendar, calendar_of
-from metamem.hierarchy.inner import InnerLevel, InnerLoop, InnerState, inner_levels, leaf_state, learned_rates
+from metamem.hierarchy.inner import (
+    Carried,
+    InnerLevel,
+    InnerLoop,
+    InnerState,
+    inner_levels,
+    inner_loop,
+    leaf_state,
+    learned_rates,
+)
 from metamem.hierarchy.objectives import loss_per_token, measured_loss
 from metamem.hierarchy.outer import OuterLevels
 from metamem.hierarchy.token import token_levels
 
 __all__ = [
     "Calendar",
+    "Carried",
     "InnerLevel",
     "InnerLoop",
     "InnerState",
     "OuterLevels",
     "calendar_of",
     "inner_levels",
+    "inner_loop",
     "leaf_state",
     "learned_rates",
     "loss_per_token",

@@ -1,16 +1,24 @@
-"""Inner levels: parameters that move inside the forward pass, every `period` tokens, by a differentiable step."""
+"""Inner levels: parameters that move inside the forward pass, every `period` tokens, by a differentiable step.
+
+    θ ← θ − rate · step(mean of ∂ loss / ∂ θ over the period)
+
+Each token's gradient is taken at the weights of its time, where the token is read: a slow level learns from what the
+faster ones made of its tokens, and not through their updates. So a training and a session make the same updates.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import optree
 import torch
 import torchopt
-from jaxtyping import Float, Num
+from jaxtyping import Num
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,17 +26,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metamem.config import Config, OptimizerConfig, UserError, resolve_objectives
 from metamem.globs import match_names
 from metamem.hierarchy.objectives import loss_per_token
-from metamem.memory.base import Out
+from metamem.hierarchy.rates import LearnedRates, learned_rates_over
+from metamem.hierarchy.recompute import recomputed
+from metamem.memory.base import Memory, Out
 from metamem.memory.signals import Objectives
-from metamem.targets import mean_asked
+from metamem.state import State, tree_map
+from metamem.targets import asked
 
 Parameters = dict[str, Tensor]
-INITIAL_RATE = 0.03  # where a learned inner rate starts
+Gradients = dict[str, list[Tensor]]  # level -> the gradient of each tensor that it moves
 
 
 @dataclass(frozen=True)
 class InnerLevel:
-    """An inner level with its objectives resolved and the names of the parameters that it moves."""
+    """An inner level with its objectives resolved, the names of the parameters that it moves, and its learned rates."""
 
     name: str
     period: int
@@ -36,14 +47,22 @@ class InnerLevel:
     optimizer: OptimizerConfig
     members: tuple[str, ...]
     unroll: int | None
+    rates: LearnedRates | None = None
 
 
 class InnerState(NamedTuple):
-    """What an inner level carries along a stream: its fast copies, its optimizer's state, updates since the cut."""
+    """What an inner level carries along a stream: its fast copies, its optimizer's state, updates since the start."""
 
     fast: Parameters
     optimizer: Any
     updates: int
+
+
+class Carried(NamedTuple):
+    """What goes from piece to piece of a sequence: the inner levels' states and the memories'."""
+
+    levels: dict[str, InnerState]
+    memory: State | None
 
 
 def inner_levels(config: Config, network: nn.Module) -> list[InnerLevel]:
@@ -51,42 +70,78 @@ def inner_levels(config: Config, network: nn.Module) -> list[InnerLevel]:
     levels = [level for level in config.hierarchy.levels if level.clock == "inner"]
     if not levels:
         return []
-    names = [name for name, _ in network.named_parameters() if not name.startswith("inner_rates.")]
-    objectives, groups, found = resolve_objectives(config), config.hierarchy.groups, []
+    parameters = {name: p for name, p in network.named_parameters() if not name.startswith("inner_rates.")}
+    objectives, found = resolve_objectives(config), []
     for level in levels:
-        members = match_names([glob for group in level.groups for glob in groups[group].match], names)
+        groups = [match_names(config.hierarchy.groups[group].match, parameters) for group in level.groups]
+        members = tuple(name for name in parameters if any(name in group for group in groups))
         if not members:
             raise (level.where / "groups").error(f"no parameter is in the groups of the inner level {level.name!r}")
         assert level.optimizer is not None
+        settings, rates = level.optimizer, None
+        if settings.lr == "learned":
+            of = [next(i for i, group in enumerate(groups) if name in group) for name in members]
+            tensors = [parameters[name] for name in members]
+            rates = learned_rates_over(
+                settings.lr_per, tensors, of, settings.lr_initial, positive=settings.lr_sign == "positive"
+            )
         found.append(
-            InnerLevel(level.name, level.period, objectives[level.name], level.optimizer, tuple(members), level.unroll)
+            InnerLevel(level.name, level.period, objectives[level.name], settings, members, level.unroll, rates)
         )
     return found
 
 
 def learned_rates(config: Config, network: nn.Module) -> nn.Module | None:
-    """The learned rates of the inner levels, one per parameter tensor, as logarithms: `inner_rates.<level>`."""
-    rates = nn.Module()
+    """The learned rates of the inner levels, a vector each: `inner_rates.<level>`."""
+    module = nn.Module()
     for level in inner_levels(config, network):
-        if level.optimizer.lr == "learned":
-            rates.register_parameter(level.name, nn.Parameter(torch.full((len(level.members),), INITIAL_RATE).log()))
-    return rates if any(True for _ in rates.parameters()) else None
+        if level.rates is not None:
+            module.register_parameter(level.name, nn.Parameter(level.rates.fresh()))
+    return module if any(True for _ in module.parameters()) else None
+
+
+def inner_loop(config: Config, network: nn.Module) -> InnerLoop:
+    """The loop of a config's meta-training: the inner levels that it unrolls, where it is cut, what it recomputes."""
+    settings = config.training
+    levels = [level for level in inner_levels(config, network) if level.unroll != 0]
+    if settings.compile and levels:
+        raise (settings.where / "compile").error(
+            f"a compiled forward cannot be differentiated twice, as the inner level {levels[0].name!r} needs: set it "
+            "to false, or the level's unroll to 0"
+        )
+    run: Any = torch.compile(network, fullgraph=True) if settings.compile else network
+    try:
+        return InnerLoop(run, levels, settings.unroll, settings.recompute)
+    except UserError as error:
+        raise (settings.where / "unroll").error(str(error)) from None
 
 
 class InnerLoop:
     """Runs a model along sequences while inner levels move its parameters, differentiably or not.
 
-    Every `period` tokens of a level: `θ ← θ − rate · step(∂ loss / ∂ θ)`, the loss its objective's mean over what is
-    asked of exactly its last `period` tokens in all rows; where nothing is, the gradient is zero. Tokens between see
-    the weights of the last boundary.
+    Every `period` tokens of a level: `θ ← θ − rate · step(gradient)`, of its objective's mean over what is asked of
+    exactly its last `period` tokens in all rows; where nothing is, the gradient is zero. Tokens between see the weights
+    of the last boundary. With gradients switched off, the same numbers without a graph.
+
+    - `unroll`     tokens after which the outer gradient is cut: all that goes on from there (fast copies, momenta, the
+                   memories' state) does as numbers
+    - `recompute`  the graph is not kept: it is made anew in the backward pass, piece by piece
     """
 
-    def __init__(self, network: nn.Module, levels: Sequence[InnerLevel]) -> None:
-        self.network, self.levels = network, tuple(levels)
+    def __init__(
+        self, network: nn.Module, levels: Sequence[InnerLevel], unroll: int | None = None, recompute: bool = False
+    ) -> None:
+        self.network, self.levels, self.unroll, self.recompute = network, tuple(levels), unroll, recompute
         self.transforms = {level.name: _direction(level.optimizer) for level in levels}
         periods = sorted({level.period for level in levels})
         if any(slow % periods[0] for slow in periods):
             raise UserError(f"the periods of inner levels must be multiples of the fastest: {periods}")
+        for level in levels:
+            if unroll is not None and unroll % level.period:
+                raise UserError(
+                    f"must be a multiple of {level.period}, the period of the inner level {level.name!r}, and not "
+                    f"{unroll}: a cut falls where a period ends"
+                )
         self.piece = min(periods, default=None)
 
     def init(self) -> dict[str, InnerState]:
@@ -102,16 +157,16 @@ class InnerLoop:
         """The fast copies of all levels, by parameter name."""
         return {name: value for state in states.values() for name, value in state.fast.items()}
 
-    def rates(self, level: InnerLevel) -> list[Tensor | float]:
-        """One rate per parameter tensor."""
-        if level.optimizer.lr == "learned":
-            learned = self.network.get_parameter(f"inner_rates.{level.name}")
-            return list(learned.exp().unbind())
-        return [level.optimizer.lr] * len(level.members)
+    def rates(self, level: InnerLevel) -> Sequence[Tensor | float]:
+        """The rates of each parameter tensor: one, or a tensor of them that broadcasts against it."""
+        if level.rates is None:
+            assert not isinstance(level.optimizer.lr, str)
+            return [level.optimizer.lr] * len(level.members)
+        return level.rates.of_each(self.network.get_parameter(f"inner_rates.{level.name}"))
 
-    def apply(self, level: InnerLevel, state: InnerState, gradients: list[Tensor]) -> InnerState:
+    def apply(self, level: InnerLevel, state: InnerState, gradients: Sequence[Tensor]) -> InnerState:
         """One inner update: `θ ← θ − rate · step(gradient)`, differentiable in the gradients and the rates."""
-        values = tuple(state.fast.values())
+        values = tuple(state.fast[name] for name in level.members)
         directions, optimizer = self.transforms[level.name].update(
             tuple(gradients), state.optimizer, params=values, inplace=False
         )
@@ -119,37 +174,93 @@ class InnerLoop:
         moved = [value + rate * direction for value, rate, direction in moves]
         return InnerState(dict(zip(level.members, moved, strict=True)), optimizer, state.updates + 1)
 
+    def read(
+        self, inputs: Num[Tensor, "batch time *dim"], targets: Num[Tensor, "batch time *features"], carried: Carried
+    ) -> tuple[Out, Gradients]:
+        """The network over a piece of a sequence, at the weights of now, and the gradient of each level's objective,
+        summed over the piece; its graph is kept where gradients are on."""
+        keep = torch.is_grad_enabled()
+        with torch.set_grad_enabled(keep or bool(self.levels)):
+            fast = {name: _alias(value, keep) for name, value in self.parameters(carried.levels).items()}
+            arguments = inputs, carried.memory
+            # Only the plain attention kernel can be differentiated twice.
+            with sdpa_kernel(SDPBackend.MATH) if self.levels and keep else nullcontext():
+                out = functional_call(self.network, fast, arguments) if fast else self.network(*arguments)
+            gradients: Gradients = {}
+            for index, level in enumerate(self.levels):
+                total, wanted = loss_per_token(level.objectives, out.y, targets).sum(), [fast[n] for n in level.members]
+                more = keep or index + 1 < len(self.levels)
+                gradients[level.name] = list(
+                    torch.autograd.grad(total, wanted, retain_graph=more, create_graph=keep, materialize_grads=True)
+                )
+        if not keep:
+            out = Out(out.y.detach(), tree_map(Tensor.detach, out.state), tree_map(Tensor.detach, out.aux))
+        return out, gradients
+
     def run(self, inputs: Num[Tensor, "batch time *dim"], targets: Num[Tensor, "batch time *features"]) -> Out:
         """The network over fresh sequences, the inner updates on the way, with the graph through them for an outer
         gradient: predictions [batch, time, vocabulary], the memories' state, and what they measured."""
-        states, memory = self.init(), None
-        pending: dict[str, list[Tensor]] = {level.name: [] for level in self.levels}
-        predictions, measured = [], []
-        length = self.piece or inputs.shape[1]
-        for start in range(0, inputs.shape[1], length):
-            piece, wanted = inputs[:, start : start + length], targets[:, start : start + length]
-            # Only the plain attention kernel can be differentiated twice.
-            with sdpa_kernel(SDPBackend.MATH) if self.levels else nullcontext():
-                pred, memory, aux = functional_call(self.network, self.parameters(states), (piece, memory))
-            predictions.append(pred)
-            measured.append(aux)
-            end = start + piece.shape[1]
-            for level in self.levels:
-                pending[level.name].append(loss_per_token(level.objectives, pred, wanted))
-                if end % level.period == 0 and end < inputs.shape[1]:
-                    loss = mean_asked(torch.cat(pending[level.name], 1), targets[:, end - level.period : end])
-                    states[level.name] = self._unrolled(level, states[level.name], loss)
-                    pending[level.name] = []
-        aux = {key: torch.cat([one[key] for one in measured], 1) for key in measured[0]}
-        return Out(torch.cat(predictions, 1), memory or {}, aux)
+        carried, time = Carried(self.init(), None), inputs.shape[1]
+        parameters, parts = list(self.network.parameters()), []
+        for start in range(0, time, length := self._segment_length(time)):
+            here = slice(start, start + length)
+            more = start + length < time
+            segment = partial(self._segment, more=more)
+            recompute = self.recompute and torch.is_grad_enabled()
+            call = partial(recomputed, segment, parameters) if recompute else segment
+            y, carried, aux = call(inputs[:, here], targets[:, here], carried)
+            parts.append((y, aux))
+            if more and self.unroll is not None and (start + length) % self.unroll == 0:
+                carried = _cut(carried)
+        measured = {key: torch.cat([aux[key] for _, aux in parts], 1) for key in parts[0][1]}
+        return Out(torch.cat([y for y, _ in parts], 1), carried.memory or {}, measured)
 
-    def _unrolled(self, level: InnerLevel, state: InnerState, loss: Float[Tensor, ""]) -> InnerState:
-        """The update on a period's loss, inside the outer graph; every `unroll` updates that graph is cut."""
-        fast = list(state.fast.values())
-        gradients = torch.autograd.grad(loss, fast, create_graph=True, materialize_grads=True)
-        state = self.apply(level, state, list(gradients))
-        cut = level.unroll is not None and state.updates % level.unroll == 0
-        return leaf_state(state) if cut else state
+    def _segment(self, inputs: Tensor, targets: Tensor, carried: Carried, more: bool) -> tuple[Tensor, Carried, Any]:
+        """A part of a sequence, which begins and ends where all periods do; `more`: tokens come after it."""
+        time, parts = inputs.shape[1], []
+        gathered: Gradients = {}
+        for start in range(0, time, length := self.piece or time):
+            here = slice(start, start + length)
+            out, gradients = self.read(inputs[:, here], targets[:, here], carried)
+            parts.append(out)
+            levels, end = dict(carried.levels), start + out.y.shape[1]
+            for level in self.levels:
+                found, before = gradients[level.name], gathered.get(level.name)
+                gathered[level.name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+                if end % level.period == 0 and (more or end < time):
+                    count = asked(targets[:, end - level.period : end]).sum().clamp(min=1)
+                    mean = [gradient / count for gradient in gathered.pop(level.name)]
+                    levels[level.name] = self._updated(level, levels[level.name], mean)
+            carried = Carried(levels, out.state)
+        aux = {key: torch.cat([out.aux[key] for out in parts], 1) for key in parts[0].aux}
+        return torch.cat([out.y for out in parts], 1), carried, aux
+
+    def _updated(self, level: InnerLevel, state: InnerState, gradients: list[Tensor]) -> InnerState:
+        """The update, inside the outer graph; every `unroll` updates that graph is cut."""
+        state = self.apply(level, state, gradients)
+        return leaf_state(state) if level.unroll is not None and state.updates % level.unroll == 0 else state
+
+    def _segment_length(self, time: int) -> int:
+        """Tokens between two cuts; where a graph without any is recomputed, √n of the n parts that begin and end where
+        every chunk and inner period does: as many states are kept as parts are recomputed at once (Chen et al. 2016,
+        arXiv 1604.06174)."""
+        if self.unroll is not None:
+            return self.unroll
+        if not self.recompute:
+            return time
+        chunks = [getattr(module, "chunk", 1) for module in self.network.modules() if isinstance(module, Memory)]
+        unit = math.lcm(*chunks, *(level.period for level in self.levels))
+        return unit * math.ceil(math.sqrt(time / unit))
+
+
+def _alias(value: Tensor, keep: bool) -> Tensor:
+    """The same numbers under a name of their own: what is differentiated by it is what this piece makes of them."""
+    return value.view_as(value) if keep and value.requires_grad else value.detach().requires_grad_()
+
+
+def _cut(carried: Carried) -> Carried:
+    levels = {name: leaf_state(state) for name, state in carried.levels.items()}
+    return Carried(levels, None if carried.memory is None else tree_map(Tensor.detach, carried.memory))
 
 
 def leaf_state(state: InnerState) -> InnerState:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import metamem.tasks  # noqa: F401  (fills the registry)
 from metamem.config import Config, UserError
-from metamem.hierarchy import InnerLoop, OuterLevels, calendar_of, inner_levels, loss_per_token
+from metamem.hierarchy import OuterLevels, calendar_of, inner_loop, loss_per_token
 from metamem.memory.base import Out
 from metamem.memory.signals import Objectives
 from metamem.network import Network, build
@@ -79,7 +79,7 @@ def train(
     task = build_task(config) if task is None else task
     model = build(config)
     outer = OuterLevels(config, model, calendar_of(config, task))
-    forward = _forward(config, model)
+    forward = inner_loop(config, model).run
     evaluated_after = _evaluated_after(config, task)
     evaluate = _evaluation(config, model, task, forward) if evaluated_after else None
     drawn = batches(config, task)
@@ -132,15 +132,6 @@ def batches(config: Config, task: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield task.sample(generator, settings.batch, settings.length, **which)
 
 
-def _forward(config: Config, model: Network) -> Callable[[Tensor, Tensor], Out]:
-    """The model over a batch (inputs, targets), through the inner levels that meta-training unrolls."""
-    levels = [level for level in inner_levels(config, model) if level.unroll != 0]
-    if levels:
-        return InnerLoop(model, levels).run
-    run: Callable[..., Out] = torch.compile(model, fullgraph=True) if config.training.compile else model
-    return lambda inputs, targets: run(inputs)
-
-
 def _evaluated_after(config: Config, task: Any) -> set[int]:
     """The outer steps after which the model is evaluated: every so many, the last, and, where a task is several, the
     last of each of them and none, before any."""
@@ -162,14 +153,10 @@ def _evaluation(
     if not hasattr(task, "evaluate"):
         raise (settings.where / "evaluate_every").error(f"the task {config.task['name']!r} has no evaluation; set null")
 
-    def predict(inputs: Tensor, targets: Tensor) -> Tensor:
-        return forward(inputs, targets).y.detach()
-
     def evaluate(step: int) -> dict[str, float]:
         model.eval()
-        # An inner level that training unrolls takes its gradients inside.
-        with torch.set_grad_enabled(any(level.unroll != 0 for level in inner_levels(config, model))):
-            found = task.evaluate(predict, settings.length)
+        with torch.no_grad():
+            found = task.evaluate(lambda inputs, targets: forward(inputs, targets).y, settings.length)
         model.train()
         made[step] = found
         return found | task.summarise(made) if step == settings.steps and hasattr(task, "summarise") else found
