@@ -121,9 +121,29 @@ class Later(NamedTuple):
     targets: Targets | None
 
 
+class Gathered(NamedTuple):
+    """The gradient of the weights, and products z ⊗ ẑ that are still to be added to it: a pass over the weights costs
+    as much as what it does, so that one adds all that came since G was last read."""
+
+    sum: Weights
+    products: list[tuple[Layers, Layers]]
+
+    def add(self, inputs: Layers, gradients: Layers) -> None:
+        """G += inputs ⊗ gradients."""
+        self.products.append((inputs, gradients))
+
+    def now(self) -> Weights:
+        """G."""
+        if self.products:
+            inputs, gradients = zip(*self.products, strict=True)
+            write(self.sum, torch.cat(inputs, 2), torch.cat(gradients, 2), 1)
+            self.products.clear()
+        return self.sum
+
+
 def _written_out(rule: Rule, slow: Slow, traces: list[Trace], weights: Weights, outer: Read) -> list[Tensor | None]:
     hidden, read, cell = torch.zeros_like(outer.hidden[:, 0]), torch.zeros_like(outer.read[:, 0]), outer.cell
-    gradient = outer.weights.clone(memory_format=torch.contiguous_format)
+    gradient = Gathered(outer.weights.clone(memory_format=torch.contiguous_format), [])
     later: list[Later] = []
     for index in range(len(traces) - 1, -1, -1):
         one, gained = traces[index], Gained._make(part[:, index] for part in outer[:5])
@@ -135,7 +155,7 @@ def _written_out(rule: Rule, slow: Slow, traces: list[Trace], weights: Weights, 
         later.append(Later(gates, vectors, strength, targets))
     later.reverse()
     inputs = torch.stack([one.gates for one in later], 1)
-    return [inputs, hidden, cell, read, gradient, *_slow(rule, traces, later)]
+    return [inputs, hidden, cell, read, gradient.now(), *_slow(rule, traces, later)]
 
 
 def _controller(one: Trace, hidden: Row, cell: Row) -> tuple[Row, Row]:
@@ -157,7 +177,7 @@ def _memory(
     read: Row,
     gained: Gained,
     weights: Weights,
-    gradient: Weights,
+    gradient: Gathered,
 ) -> tuple[Row, Row | None, Targets | None]:
     """Through read and write: of the interaction vectors, of the rate before σ, of the targets. Takes the write off
     `weights` and adds to `gradient`."""
@@ -176,7 +196,7 @@ def _memory(
     return torch.cat(parts, 1), strength, targets
 
 
-def _recall(top: Heads, passed: list[Heads], weights: Weights, gradient: Weights, added: Layers | None = None) -> Heads:
+def _recall(top: Heads, passed: list[Heads], weights: Weights, gradient: Gathered, added: Layers | None = None) -> Heads:
     """Through a pass of keys, from the gradient of its output; `added`: what else reaches z^0 … z^{L−1}."""
     tops = [top]
     for layer in range(len(weights) - 1, 0, -1):
@@ -184,20 +204,21 @@ def _recall(top: Heads, passed: list[Heads], weights: Weights, gradient: Weights
         top = torch.bmm(top, back) if added is None else torch.baddbmm(added[layer], top, back)
         top = through_tanh(top, passed[layer])
         tops.append(top)
-    write(gradient, torch.stack(passed[:-1]), torch.stack(tops[::-1]), 1)
+    gradient.add(torch.stack(passed[:-1]), torch.stack(tops[::-1]))
     back = weights[0].mT
     return torch.bmm(top, back) if added is None else torch.baddbmm(added[0], top, back)
 
 
 def _write(
-    rule: Rule, slow: Slow, one: Trace, gained: Gained, weights: Weights, gradient: Weights
+    rule: Rule, slow: Slow, one: Trace, gained: Gained, weights: Weights, gradient: Gathered
 ) -> tuple[Heads, Heads, Row | None, Targets | None]:
     """Through the write: of the write keys, the values, the rate before σ, the targets."""
     assert one.deltas is not None and one.steps is not None
     inputs = torch.stack(one.below[:-1])
     write(weights, inputs, one.steps, 1)
-    moved = (inputs.flatten(0, 1) @ gradient.flatten(0, 1)).view_as(inputs)
-    below = (one.steps.flatten(0, 1) @ gradient.flatten(0, 1).mT).view_as(inputs).neg_()
+    of_weights = gradient.now().flatten(0, 1)
+    moved = torch.bmm(inputs.flatten(0, 1), of_weights).view_as(inputs)
+    below = torch.bmm(one.steps.flatten(0, 1), of_weights.mT).view_as(inputs).neg_()
     deltas = moved * rate(rule, None if one.strength is None else -one.strength)
     if one.strength is None:
         deltas.neg_()
@@ -216,7 +237,7 @@ def _write(
     return _recall(recalled, one.below, weights, gradient, below), values, strength, targets
 
 
-def _backpropagation(one: Trace, deltas: Layers, below: Layers, weights: Weights, gradient: Weights) -> Heads:
+def _backpropagation(one: Trace, deltas: Layers, below: Layers, weights: Weights, gradient: Gathered) -> Heads:
     """Through the hidden layers' signals: of the last layer's. Adds to `below` and `gradient`."""
     assert one.deltas is not None
     top, errors = deltas[0], []
@@ -226,7 +247,7 @@ def _backpropagation(one: Trace, deltas: Layers, below: Layers, weights: Weights
         errors.append(through_tanh(top, z))
         top = torch.baddbmm(deltas[layer], errors[-1], weights[layer])
     if errors:
-        write(gradient[1:], torch.stack(errors), one.deltas[1:], 1)
+        gradient.add(torch.stack([torch.zeros_like(top), *errors]), one.deltas)
     return top
 
 
