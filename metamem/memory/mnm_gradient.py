@@ -196,7 +196,9 @@ def _memory(
     return torch.cat(parts, 1), strength, targets
 
 
-def _recall(top: Heads, passed: list[Heads], weights: Weights, gradient: Gathered, added: Layers | None = None) -> Heads:
+def _recall(
+    top: Heads, passed: list[Heads], weights: Weights, gradient: Gathered, added: Layers | None = None
+) -> Heads:
     """Through a pass of keys, from the gradient of its output; `added`: what else reaches z^0 … z^{L−1}."""
     tops = [top]
     for layer in range(len(weights) - 1, 0, -1):

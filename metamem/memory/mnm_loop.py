@@ -105,12 +105,12 @@ def token(rule: Rule, gates: Row, now: Moment, slow: Slow, overwrite: bool) -> t
     size, width = now.hidden.shape[1], now.read.shape[1]
     mixed = torch.cat([now.hidden, now.read], 1)
     gates = torch.addmm(gates, mixed, slow.recurrent.mT)
-    candidate, gates = torch.tanh(gates[:, 2 * size : 3 * size]), torch.sigmoid(gates)
+    candidate, gates = tanh(gates[:, 2 * size : 3 * size]), torch.sigmoid(gates)
     admit, keep, _, show = gates.chunk(4, 1)
     cell = torch.addcmul(keep * now.cell, admit, candidate)
-    squashed = torch.tanh(cell)
+    squashed = tanh(cell)
     hidden = show * squashed
-    vectors = torch.tanh(torch.addmm(slow.interface_bias, hidden, slow.interface.mT))
+    vectors = tanh(torch.addmm(slow.interface_bias, hidden, slow.interface.mT))
     keys, values = interaction(vectors, rule.heads, width)
     weights, below, errors, deltas, steps, strength = now.weights, [], [], None, None, None
     if rule.writing:
@@ -127,6 +127,11 @@ def token(rule: Rule, gates: Row, now: Moment, slow: Slow, overwrite: bool) -> t
     return one, Moment(hidden, cell, read, weights)
 
 
+def tanh(x: Tensor) -> Tensor:
+    """2 σ(2x) − 1: on the CPU torch takes four times as long for its own."""
+    return torch.rsub(torch.sigmoid(2 * x), -1.0, alpha=-2.0)
+
+
 def interaction(vectors: Row, heads: int, width: int) -> tuple[Heads, Heads]:
     """Keys (write keys, then read keys) and written values."""
     keys, values = vectors[:, : 2 * heads * width], vectors[:, 2 * heads * width : 3 * heads * width]
@@ -138,7 +143,7 @@ def forward(keys: Heads, weights: Weights) -> list[Heads]:
     *inner, last = weights.unbind(0)
     passed = [keys]
     for weight in inner:
-        passed.append(torch.tanh(torch.bmm(passed[-1], weight)))
+        passed.append(tanh(torch.bmm(passed[-1], weight)))
     return [*passed, torch.bmm(passed[-1], last)]
 
 
