@@ -29,6 +29,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 FAILED, USER_ERROR = 1, 2  # exit codes
 INTERRUPTED = 130
+DIAGRAMS = (".svg", ".png", ".pdf")
 
 
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,11 +169,22 @@ def ablate(
 
 @app.command()
 @user_errors
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing."""
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    diagram: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw when each level fires, as .svg, .png or .pdf.")
+    ] = None,
+) -> None:
+    """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing but the diagram."""
+    if diagram is not None:
+        check_writable(diagram)
+        if diagram.suffix not in DIAGRAMS:
+            raise UserError(f"{diagram}: a diagram is {', '.join(DIAGRAMS[:-1])} or {DIAGRAMS[-1]}")
     resolved = load_checked(config, overrides)
     from metamem.config import tables
     from metamem.hierarchy import calendar_of, inner_loop
+    from metamem.hierarchy.timing import timing, timing_text
     from metamem.training import build_task
 
     model = importlib.import_module("metamem.network").build(resolved)
@@ -186,7 +198,13 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     console.print(tables.network_tree(model, resolved.name))
     console.print(tables.hierarchy_table(resolved, owned, {name: p.numel() for name, p in parameters.items()}))
     console.print(tables.schedule_table(resolved, calendar))
+    console.print(timing_text(timing(resolved, calendar)), highlight=False)
     console.print(task.describe(), highlight=False)
+    if diagram is not None:
+        from metamem.analysis.diagram import timing_diagram
+
+        timing_diagram(resolved, calendar, owned, diagram)
+        typer.echo(f"the diagram is in {diagram}")
 
 
 @app.command()

@@ -49,6 +49,7 @@ PACKAGES = [
     "metamem.analysis",
     "metamem.config",
     "metamem.controllers",
+    "metamem.hierarchy",
     "metamem.episodes",
     "metamem.memory.slots",
     "metamem.tasks",

@@ -141,7 +141,9 @@ def schedule_table(config: Config, calendar: Calendar) -> Table:
             ended = sum(step <= training.steps for step in islice(steps, training.steps))
             table.add_row(f"{clock}s that end", f"{ended:,}" + (f", the first after step {steps[0]:,}" * (ended > 0)))
     for level in config.hierarchy.levels:
-        updates = len(calendar.firings(level)) if level.outer else training.length // level.period
+        # No inner update ends a sequence: nothing in it would see one.
+        tokens = training.length - (level.clock == "inner")
+        updates = len(calendar.firings(level)) if level.outer else tokens // level.period
         table.add_row(f"level {level.name}", f"{updates:,} updates {'in all' if level.outer else 'a sequence'}")
     table.add_row("checkpoint", f"every {training.checkpoint_every:,} steps")
     return table
