@@ -2,7 +2,7 @@
 
 Multi-query associative recall (Zoology, Arora et al. 2023) with every memory of configs/memory in turn, causal
 attention and an LSTM among them, in one network of two blocks (configs/experiment/associative_recall.yaml): a cell is a
-memory, a width (of the model and of its one head's keys) and a seed, trained on sequences of 4 to 32 pairs in a process
+memory, a width (of the model and of its one head's keys) and a seed, trained on sequences of 4 to 16 pairs in a process
 of its own. Accuracy is on sequences never trained on, for each number of pairs, and for twice as many as were trained.
 
 All cells train alike, on as many sequences. Each memory has the better of two rates (`rates`) at the smallest width and
@@ -37,7 +37,7 @@ from metamem.state import state_bytes
 from metamem.tasks import AssociativeRecall
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-WIDTHS = (32, 64)
+WIDTHS = (16, 32)
 RATES = (1e-2, 3e-3)  # of the outer optimizer
 DEEP = (
     "atlas",
@@ -52,7 +52,7 @@ SHIPPED_RATE = 4e-3
 ELSEWHERE = ("dnc", "ntm", "sam", "sdnc", "episodic", "key_value", "window")  # slots: with a controller, on their tasks
 WITHOUT = ("attention", "lstm")  # no fast weights: what memories are measured against
 EXACT = ("delta_net", "gated_delta_net", "momentum_delta")  # each token's error at its own weights
-# A sequence has 128 tokens: a memory that is read before its chunk is written needs shorter ones than it ships with.
+# A sequence has 64 tokens: a memory that is read before its chunk is written needs shorter ones than it ships with.
 OVERRIDES = {"lact": ("vars.chunk=16",)}
 SMOKE = ("training.steps=2", "training.batch=2", "task.examples=8")
 
@@ -234,14 +234,10 @@ def report(study: Study, results: dict[Cell, Result], memories: Sequence[str], w
     title = "Associative recall: the share of queries answered right"
     accuracy_figure(panels, numbers, study.folder / "recall.png", title, "pairs in the sequence", apart=WITHOUT)
 
-    trained, claims = numbers[:-1], []
+    claims = []
     for memory in EXACT:
-        for width in widths:
-            few = [accuracy(memory, width, pairs).mean() for pairs in trained if 4 * pairs <= width]
-            claims.append(Claim(f"{memory}, width {width}, pairs ≤ width/4: accuracy", float(np.min(few)), 0.9))
-    most, width = trained[-1], widths[-1]
-    gain = accuracy("delta_net", width, most).mean() - accuracy("hebbian", width, most).mean()
-    claims.append(Claim(f"delta_net over hebbian, {most} pairs", float(gain), 0.1))
+        worst = min(float(accuracy(memory, widths[-1], pairs).mean()) for pairs in numbers[:-1])
+        claims.append(Claim(f"{memory}, width {widths[-1]}, as many pairs as trained: accuracy", worst, 0.9))
     return claims
 
 
@@ -258,7 +254,7 @@ def main() -> int:
     study = open_study("associative_recall", "How many pairs does each memory remember?", options=options)
     memories = [*(name for name in shipped if name not in WITHOUT), *WITHOUT]
     if study.options.memories:
-        memories = [name for name in memories if name in {*study.options.memories, *EXACT, "hebbian"}]
+        memories = [name for name in memories if name in {*study.options.memories, *EXACT}]
     widths = (16,) if study.smoke else WIDTHS
     more = SMOKE if study.smoke else ()
 

@@ -37,7 +37,7 @@ def test_a_cell_is_a_memory_swapped_in_by_one_line_trained_and_evaluated(tmp_pat
     assert config.network.modules["blocks"]["modules"]["memory"]["kind"] == "fast_weights"
     result = run_cell(cell, tmp_path)
     assert result.cell == cell and not result.failed
-    assert list(result.accuracy) == [4, 8, 16, 32, 64] and all(0 <= share <= 1 for share in result.accuracy.values())
+    assert list(result.accuracy) == [4, 8, 16, 32] and all(0 <= share <= 1 for share in result.accuracy.values())
     assert result.parameters > 0 and result.state_bytes > 16 * 16 * 4 and result.tokens_per_second > 0
 
 
@@ -72,7 +72,7 @@ def test_the_study_runs_and_a_second_run_takes_over_its_cells(tmp_path):
     assert "SMOKE" in first.stdout.splitlines()[-1]
     folder = tmp_path / "runs" / "associative_recall-smoke"
     cells = read_cells(folder / "cells.jsonl")
-    assert {cell.cell.memory for cell in cells} >= {"lstm", "delta_net", "hebbian"}
+    assert {cell.cell.memory for cell in cells} >= {"lstm", "delta_net"}
     assert matplotlib.image.imread(folder / "recall.png").std() > 0
     again = study(tmp_path, "--memories", "lstm", "--resume", str(folder))
     second = tmp_path / "runs" / "associative_recall-smoke-2"
