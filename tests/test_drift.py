@@ -61,13 +61,15 @@ def test_the_first_part_of_a_sequence_is_not_asked():
 def test_the_optimum_has_ratio_one_and_nothing_predicted_that_of_all_there_is():
     task = Drift(**SMALL)
     best = task.evaluate(lambda seen, targets: task.optimum.predictions)
-    assert best == pytest.approx({"ratio": 1.0, **{f"ratio/row-{row}": 1.0 for row in range(3)}})
+    rows = {f"ratio/row-{row}": 1.0 for row in range(3)} | {f"excess/row-{row}": 0.0 for row in range(3)}
+    assert best == pytest.approx({"ratio": 1.0, **rows})
     nothing = task.evaluate(lambda seen, targets: torch.zeros_like(targets))
     second = slice(100, None)
     error = (task.optimum.predictions - task.evaluation.clean)[:, second].square().mean((0, 1))
     whole = task.evaluation.clean[:, second].square().mean((0, 1))
     assert nothing["ratio"] == pytest.approx(float(whole.sum() / error.sum()))
     assert nothing["ratio/row-2"] == pytest.approx(float(whole[2] / error[2]))
+    assert sum(nothing[f"excess/row-{row}"] for row in range(3)) == pytest.approx(nothing["ratio"] - 1)
 
 
 def test_a_model_that_knows_when_the_weights_jump_is_better_than_one_that_does_not():

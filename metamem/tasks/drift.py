@@ -122,7 +122,8 @@ class Drift:
 
     def evaluate(self, predict: Callable[[Tensor, Tensor], Tensor], length: int | None = None) -> dict[str, float]:
         """Squared errors of what is predicted of y without its noise, over those of the Kalman filter, on the second
-        half of the streams: `ratio`, of the sums over all rows, and `ratio/row-0` of each.
+        half of the streams: `ratio`, of the sums over all rows, `ratio/row-0` of each, and `excess/row-0`, how much of
+        `ratio` − 1 is its.
 
         `predict` gives the predictions for (inputs, targets) of whole streams in one call, whatever `length` says.
         """
@@ -130,8 +131,10 @@ class Drift:
         dtype = torch.get_default_dtype()
         predictions = predict(inputs(streams).to(dtype), streams.y.to(dtype)).double()
         mine, best = (self._errors(each) for each in (predictions, self.optimum.predictions))
-        rows = {f"ratio/row-{row}": float(share) for row, share in enumerate(mine / best)}
-        return {"ratio": float(mine.sum() / best.sum()), **rows}
+        found = {"ratio": float(mine.sum() / best.sum())}
+        for name, shares in (("ratio", mine / best), ("excess", (mine - best) / best.sum())):
+            found |= {f"{name}/row-{row}": share for row, share in enumerate(shares.tolist())}
+        return found
 
     def _errors(self, predictions: Tensor) -> Float[Tensor, "rows"]:
         second = slice(self.stream // 2, None)
