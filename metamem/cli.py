@@ -29,7 +29,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 FAILED, USER_ERROR = 1, 2  # exit codes
 INTERRUPTED = 130
-DIAGRAMS = (".svg", ".png", ".pdf")
+DRAWINGS = (".svg", ".png", ".pdf")
 
 
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,6 +67,14 @@ def check_writable(path: Path) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{path}: cannot be written: {folder} is no folder that can be written to")
+
+
+def check_drawable(path: Path) -> None:
+    """Raise a `UserError` for a drawing that could not be written, or not as its suffix says."""
+    check_writable(path)
+    if path.suffix not in DRAWINGS:
+        raise UserError(f"{path}: a diagram is {', '.join(DRAWINGS[:-1])} or {DRAWINGS[-1]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def load_checked(path: Path, overrides: list[str] | None) -> Config:
@@ -175,12 +183,11 @@ def check(
     diagram: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw when each level fires, as .svg, .png or .pdf.")
     ] = None,
+    graph: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the network, as .svg, .png or .pdf.")] = None,
 ) -> None:
-    """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing but the diagram."""
-    if diagram is not None:
-        check_writable(diagram)
-        if diagram.suffix not in DIAGRAMS:
-            raise UserError(f"{diagram}: a diagram is {', '.join(DIAGRAMS[:-1])} or {DIAGRAMS[-1]}")
+    """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing but drawings."""
+    for drawing in filter(None, (diagram, graph)):
+        check_drawable(drawing)
     resolved = load_checked(config, overrides)
     from metamem.config import tables
     from metamem.hierarchy import calendar_of, inner_loop
@@ -205,6 +212,11 @@ def check(
 
         timing_diagram(resolved, calendar, owned, diagram)
         typer.echo(f"the diagram is in {diagram}")
+    if graph is not None:
+        from metamem.analysis.graph_drawing import draw_network
+
+        draw_network(model, resolved.name, graph)
+        typer.echo(f"the network is drawn in {graph}")
 
 
 @app.command()

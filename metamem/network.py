@@ -33,7 +33,15 @@ from metamem.state import State, Stateful
 MODULES.register("fast_weights")(FastWeights)
 MODULES.register("mnm")(MNM)
 
-TAKEN = ("training", "names", "steps", "dim_in", "dim_out", "inner_rates")  # names of a Network's own attributes
+TAKEN = (
+    "training",
+    "names",
+    "steps",
+    "dims",
+    "dim_in",
+    "dim_out",
+    "inner_rates",
+)  # names of a Network's own attributes
 
 
 def build(config: Config) -> Network:
@@ -157,7 +165,7 @@ class Network(Stateful):
                     dims["in"] = self.dim_in = wanted  # unknown until now: what is fed decides
                 dim = getattr(module, "dim_out", dim)
             dims[step.to] = dim
-        self.dim_out = dims["out"]
+        self.dims, self.dim_out = dims, dims["out"]
 
 
 class Repeat(Stateful):
