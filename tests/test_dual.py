@@ -12,7 +12,7 @@ from conformance import close, gradients, loss, stream, tensors
 from torch.func import functional_call
 
 from losses.recall import cosine, mse
-from metamem.memory import decay
+from metamem.memory import decay, fast_weights
 from metamem.memory.base import Out
 from metamem.memory.decay import decay_add
 from metamem.memory.dual import decay_matrix, kernel
@@ -200,6 +200,19 @@ def test_rows_at_different_positions(levels, signal_at):
     state = memory.detach_state(memory.reset_state(state, torch.tensor([False, False, True])))
     assert state["position"].tolist() == [7, 5, 0]
     executors_agree(memory, x, state)
+
+
+@pytest.mark.parametrize("signal_at", ["chunk", "token"])
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_long_call_goes_in_pieces_and_gives_the_same(before, signal_at, monkeypatch):
+    memory = build(LEVELS["period-two-chunks"], signal_at=signal_at)
+    x = torch.randn(2, 27, DIM, requires_grad=True)
+    state = memory.detach_state(memory(torch.randn(2, before, DIM)).state) if before else None
+    whole = measure(memory, "dual", x, state)
+    monkeypatch.setattr(fast_weights, "PIECE", 9)
+    lengths = [piece.shape[1] for piece in memory._pieces(x, state)]
+    assert lengths == ([8, 8, 8, 3] if before == 0 else [5, 8, 8, 6])
+    close(whole, measure(memory, "dual", x, state))
 
 
 def test_how_signals_share_a_chunk_does_not_matter_to_token_signals():

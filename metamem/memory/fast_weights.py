@@ -54,6 +54,8 @@ from metamem.memory.writer import Writer
 from metamem.routing import Router, Routing
 from metamem.state import State
 
+PIECE = 1024  # tokens that are taken at once
+
 
 class PastState(TypedDict):
     """`Past` as a state: the writes that the windows of later tokens reach back to; of rate 0 before the first."""
@@ -193,6 +195,8 @@ class FastWeights(Memory):
         if not self.writing:
             state = self.init_state(x.shape[0]) if state is None else state
             return Out(*self.read(x, state), {})
+        if self.router is None and len(pieces := self._pieces(x, state)) > 1:
+            return self._in_pieces(pieces, state)
         clocks = [self.chunk, *(level.period for level in self.levels)]
         positions = [0] if state is None else known_positions(state["position"], clocks)
         state = self.init_state(x.shape[0]) if state is None else state
@@ -246,6 +250,26 @@ class FastWeights(Memory):
             queries = self.reader.query(x.to(self.init[0].dtype), init[0].dtype)
             recalled = self._learner(init).network.recall(weights, queries.flatten(2, 3))
         return self.reader(recalled.unflatten(2, queries.shape[2:4])), state
+
+    def _pieces(self, x: Tensor, state: State | None) -> list[Tensor]:
+        """x cut where chunks end, at most about `PIECE` tokens each; whole in a compiled graph, which fuses as it sees
+        fit and knows no position."""
+        if torch.compiler.is_compiling() or x.shape[1] <= PIECE:
+            return [x]
+        longest = max(1, PIECE // self.chunk) * self.chunk
+        first = longest - (0 if state is None else int(state["position"][0]) % self.chunk)
+        ends = [*range(first, x.shape[1], longest), x.shape[1]]
+        return list(x.split([end - start for start, end in zip([0, *ends], ends, strict=False)], 1))
+
+    def _in_pieces(self, pieces: list[Tensor], state: State | None) -> Out:
+        """One after the other, which is the same by the streaming law: tensors of all tokens at once stay small enough
+        for their memory to be used again, where the system maps and clears larger ones anew each time."""
+        outs: list[Out] = []
+        for piece in pieces:
+            outs.append(self.forward(piece, state))
+            state = outs[-1].state
+        aux = {name: torch.cat([out.aux[name] for out in outs], 1) for name in outs[0].aux}
+        return Out(torch.cat([out.y for out in outs], 1), outs[-1].state, aux)
 
     def _measure(self, routing: Routing | None) -> dict[str, Tensor]:
         if self.router is None or routing is None:
