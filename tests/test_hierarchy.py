@@ -126,13 +126,14 @@ def test_a_memory_and_an_attention_carry_through_the_inner_updates(batch):
     close(gradients(model, losses), gradients(model, expected))
 
 
+@pytest.mark.parametrize("optimizer", ["{name: sgd, lr: 0.2, momentum: 0.7}", ADAM % ("adam", 0.1)])
 @pytest.mark.parametrize("unroll", [1, 2, 3, 4])
-def test_the_outer_gradient_is_cut_every_unroll_updates(unroll, batch):
-    optimizer = "{name: sgd, lr: 0.2, momentum: 0.7}"
+def test_the_outer_gradient_is_cut_every_unroll_updates(unroll, optimizer, batch):
+    step, rates = (adam((0.8, 0.9), 0.1, decoupled=False), 0.05) if "adam" in optimizer else (sgd(0.7, 0.0), 0.2)
     model, loop = loop_of(tiny(inner_level(unroll=unroll, optimizer=optimizer)))
     losses = outer_losses(loop, *batch)
     mine = gradients(model, losses)
-    cut, whole = (unrolled(model, *batch, sgd(0.7, 0.0), 2, [0.2] * 3, cut=n) for n in (unroll, None))
+    cut, whole = (unrolled(model, *batch, step, 2, [rates] * 3, cut=n) for n in (unroll, None))
     close({"loss": losses}, {"loss": whole})
     close(mine, gradients(model, cut))
     assert not torch.allclose(mine["mlp.up.weight"], gradients(model, whole)["mlp.up.weight"])

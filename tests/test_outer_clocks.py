@@ -3,10 +3,13 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from config_example import error_of
+from hypothesis import given, settings
 from small_models import GROUPS, STEP_LEVEL, TINY, brier, close, config_of, tiny, write_text
 
 from losses.outer import next_token
@@ -47,6 +50,10 @@ def hierarchy(clocks, *overrides):
     )
     text = f"{TINY}\nhierarchy:\n  groups:\n{groups}  levels:\n{levels}"
     return config_of(text, f"training.steps={STEPS}", *overrides)
+
+
+CONFIG = hierarchy([("step", 1)])
+OUTER_LEVEL = CONFIG.hierarchy.levels[0]
 
 
 class Tasks:
@@ -176,6 +183,36 @@ def test_the_training_ends_every_period():
     calendar = calendar_of(levels, Tasks(100))
     found = {level.name: calendar.firings(level) for level in levels.hierarchy.levels}
     assert found == {"quick": [*range(1, STEPS + 1)], "middle": [64], "slow": [32, 64], "slowest": [64]}
+
+
+@given(
+    clock=st.sampled_from(["step", "epoch", "task"]),
+    period=st.integers(1, 5),
+    epoch=st.integers(1, 9),
+    running=st.lists(st.integers(0, 2), min_size=1, max_size=40),
+)
+@settings(max_examples=50)
+def test_a_calendar_counts_what_has_ended(clock, period, epoch, running):
+    level = replace(OUTER_LEVEL, clock=clock, period=period)
+    steps = len(running)
+    config = replace(
+        CONFIG,
+        hierarchy=replace(CONFIG.hierarchy, levels=[level]),
+        training=replace(CONFIG.training, steps=steps, steps_per_epoch=epoch),
+    )
+    task = Tasks()
+    task.which = running
+    expected, units = [], 0
+    for step in range(1, steps + 1):
+        ends = {
+            "step": True,
+            "epoch": step % epoch == 0,
+            "task": step < steps and running[step - 1] != running[step],
+        }
+        units += ends[clock]
+        if step == steps or (ends[clock] and units % period == 0):
+            expected.append(step)
+    assert calendar_of(config, task).firings(level) == expected
 
 
 def test_a_task_that_comes_back_is_another_task():

@@ -212,8 +212,7 @@ class InnerLoop:
             parts.append((y, aux))
             if more and self.unroll is not None and (start + length) % self.unroll == 0:
                 carried = _cut(carried)
-        measured = {key: torch.cat([aux[key] for _, aux in parts], 1) for key in parts[0][1]}
-        return Out(torch.cat([y for y, _ in parts], 1), carried.memory or {}, measured)
+        return Out(_joined([y for y, _ in parts]), carried.memory or {}, _joined_each([aux for _, aux in parts]))
 
     def _segment(self, inputs: Tensor, targets: Tensor, carried: Carried, more: bool) -> tuple[Tensor, Carried, Any]:
         """A part of a sequence, which begins and ends where all periods do; `more`: tokens come after it."""
@@ -232,8 +231,7 @@ class InnerLoop:
                     mean = [gradient / count for gradient in gathered.pop(level.name)]
                     levels[level.name] = self._updated(level, levels[level.name], mean)
             carried = Carried(levels, out.state)
-        aux = {key: torch.cat([out.aux[key] for out in parts], 1) for key in parts[0].aux}
-        return torch.cat([out.y for out in parts], 1), carried, aux
+        return _joined([out.y for out in parts]), carried, _joined_each([out.aux for out in parts])
 
     def _updated(self, level: InnerLevel, state: InnerState, gradients: list[Tensor]) -> InnerState:
         """The update, inside the outer graph; every `unroll` updates that graph is cut."""
@@ -251,6 +249,15 @@ class InnerLoop:
         chunks = [getattr(module, "chunk", 1) for module in self.network.modules() if isinstance(module, Memory)]
         unit = math.lcm(*chunks, *(level.period for level in self.levels))
         return unit * math.ceil(math.sqrt(time / unit))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of sequences one after the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def _joined_each(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: _joined([part[key] for part in parts]) for key in parts[0]}
 
 
 def _alias(value: Tensor, keep: bool) -> Tensor:
