@@ -27,7 +27,7 @@ def test_every_preset_is_measured_or_said_not_to_be(rules):
 
 def test_a_measurement_has_seconds_memory_and_the_size_of_the_state(rules):
     found = rules.measure("delta_net", 64, compiled=False, repeats=1)
-    assert set(found) == {"forward", "forward+backward", "peak", "state"}
+    assert set(found) == {"first", "forward", "forward+backward", "peak", "state"}
     assert min(found["forward"], found["forward+backward"], found["peak"]) >= 0
     assert found["state"] == 8 + 4 * rules.HEADS * (rules.WIDTH // rules.HEADS) ** 2  # the position, and Δ
     assert rules.measure("projections", 64, compiled=False, repeats=1).keys() == set(found) - {"state"}
