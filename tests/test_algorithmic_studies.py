@@ -1,0 +1,102 @@
+"""The studies of copy and of the algorithmic tasks: cells train what their rows say, and are summed up right."""
+
+from dataclasses import replace
+
+import pytest
+
+from experiments import algorithmic_tasks, copy_task
+from experiments.copy_task import SMALL, Lengths, claims, summary, worst_bits
+from experiments.memory_rows import ROWS, run_cells
+from metamem import build, build_task
+from metamem.analysis.results import Result
+from metamem.memory.cell import MemoryCell
+from metamem.memory.mnm import MNM
+
+
+def tiny(cell):
+    """The same with a few small steps."""
+    training = replace(cell.config.training, steps=2, batch=2, evaluate_every=1)
+    return replace(cell, config=replace(cell.config, training=training), fingerprint=f"{cell.fingerprint}-tiny")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_on_copy_is_its_memory_with_room_for_the_longest(row):
+    cell = copy_task.cell(ROWS[row], 3, steps=10, every=5, lengths=Lengths(8, (16, 64)), examples=2)
+    model, task = build(cell.config), build_task(cell.config)
+    memory = model.blocks.get_submodule("0").memory
+    assert isinstance(memory, MemoryCell) == ROWS[row].controlled and isinstance(memory, MNM) == row.startswith("MNM")
+    if ROWS[row].controlled:
+        assert memory.memories["memory"].options.slots == 80
+    assert list(task.settings.values()) == [8, 1, 2, 3, 4, 5, 6, 7, 16, 64]
+    assert (cell.seed, cell.config.seed, cell.config.training.length) == (3, 3, 18)
+    assert model.dim_in == task.dim_in and model.dim_out == task.dim_out
+
+
+@pytest.mark.parametrize("name", algorithmic_tasks.TASKS)
+def test_a_task_evaluates_the_sizes_that_its_table_shows(name):
+    task = algorithmic_tasks.TASKS[name]
+    cell = algorithmic_tasks.cell(task, ROWS["DNC"], 0, 20, smoke=False)
+    built = build_task(cell.config)
+    known = [f"pairs-{n}" for n in built.pairs] if name == "associative_recall" else list(built.settings)
+    assert set(task.sizes) <= set(known)
+    assert cell.config.training.steps == task.steps and cell.config.training.evaluate_every == task.steps // 20
+    assert build(cell.config).dim_out == (getattr(built, "vocabulary", None) or built.dim_out)
+
+
+def test_cells_differ_by_row_seed_and_budget_and_their_results_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = copy_task.cell(ROWS["LSTM"], 0, 10, 5, SMALL, 2)
+    others = [
+        copy_task.cell(ROWS["NTM"], 0, 10, 5, SMALL, 2),
+        copy_task.cell(ROWS["LSTM"], 1, 10, 5, SMALL, 2),
+        copy_task.cell(ROWS["LSTM"], 0, 11, 5, SMALL, 2),
+    ]
+    assert len({cell.fingerprint for cell in [first, *others]}) == len({cell.slug for cell in [first, *others]}) == 4
+    cells = {"LSTM": [tiny(first)]}
+    (result,) = run_cells("study", cells, 1)["LSTM"]
+    assert result.status == "done", result.message
+    assert result.curves["bits/length-2"]["x"] == [0, 1, 2] or result.curves["bits/length-2"]["x"] == [1, 2]
+    assert {"accuracy/length-4", "exact/length-3", "bits/length-1"} <= set(result.metrics)
+    assert run_cells("study", cells, 1)["LSTM"] == [result], "it ran again"
+    assert (tmp_path / "runs/study_cells/rows.jsonl").read_text().count("\n") == 1
+
+
+def measured(bits, exact=(1.0, 0.5), status="done", every=100):
+    """A result whose bits at length 1 are half of those at 2."""
+    steps = [every * (number + 1) for number in range(len(bits))]
+    curves = {
+        "bits/length-1": {"x": steps, "y": [value / 2 for value in bits]},
+        "bits/length-2": {"x": steps, "y": list(bits)},
+    }
+    metrics = {"exact/length-3": exact[0], "exact/length-4": exact[1]}
+    return Result("c", "copy", {}, {}, 0, "f", status, metrics, curves, {"seconds": 120.0})
+
+
+def test_a_cell_is_solved_where_its_worst_trained_length_first_is():
+    found = summary(measured([4.0, 0.02, 0.01, 0.5]), SMALL)
+    assert (found.sequences, found.bits, found.minutes) == (16 * 300, 0.5, 2.0)
+    assert found.exact == {3: 1.0, 4: 0.5}
+    assert worst_bits(measured([4.0, 0.02]), SMALL) == ([100, 200], [4.0, 0.02])
+    assert summary(measured([4.0, 0.02]), SMALL).sequences is None
+    failed = summary(measured([0.0], status="failed"), SMALL)
+    assert failed.sequences is None and failed.bits == float("inf") and failed.exact == {3: 0.0, 4: 0.0}
+
+
+def test_claims_take_the_worst_seed_of_short_copies_and_the_median_of_long_ones():
+    cells = [
+        summary(measured([0.001], (1.0, 0.2)), SMALL),
+        summary(measured([0.02], (0.5, 0.4)), SMALL),
+        summary(measured([0.005], (1.0, 0.9)), SMALL),
+    ]
+    made = claims({"DNC": cells}, SMALL)
+    assert [(claim.value, claim.holds) for claim in made] == [(0.02, False), (1.0, True), (0.4, False)]
+    assert claims({"LSTM": cells}, SMALL) == []
+
+
+def test_the_best_memory_is_none_of_the_lstm():
+    def results(*shares):
+        return [Result("c", "s", {}, {}, 0, "f", "done", {"accuracy/length-8": share}) for share in shares]
+
+    rows = {"DNC": results(0.8, 1.0), "NTM": results(0.5, 0.5), "LSTM": results(1.0, 1.0)}
+    (claim,) = algorithmic_tasks.claims({"sort": rows})
+    assert claim.value == pytest.approx(0.9) and "(DNC)" in claim.what and not claim.holds
