@@ -251,6 +251,8 @@ def test_recomputation_takes_what_is_no_tensor_or_needs_no_gradient():
     torch.testing.assert_close((one, other), expected)
     unused = recomputed(function, [weight], x, {"count": 3, "index": torch.tensor([0, 1, 2])})
     assert torch.autograd.grad(unused["same"].sum(), [weight, x], allow_unused=True)[0] is None
+    constant = recomputed(lambda x: x.detach() * weight.detach(), [weight], x)
+    assert torch.autograd.grad(constant.sum(), [weight, x], allow_unused=True) == (None, None)
 
 
 def test_without_gradients_an_inner_loop_gives_the_same_numbers_and_no_graph(batch):

@@ -90,6 +90,6 @@ class _Recomputed(torch.autograd.Function):
             outputs = ctx.call(arguments)
         reached = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
         wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-        ends, slopes = zip(*reached, strict=True)
-        found = iter(torch.autograd.grad(ends, wanted, slopes, allow_unused=True))
+        ends, slopes = [y for y, _ in reached], [g for _, g in reached]
+        found = iter(torch.autograd.grad(ends, wanted, slopes, allow_unused=True) if reached else [None] * len(wanted))
         return None, None, *(next(found) if need else None for need in needed)
