@@ -146,7 +146,7 @@ class Session:
     def _predict(self, inputs: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State, dict[str, list[Tensor]]]:
         """Losses, the state after, and per level the gradient of its summed objective."""
         with torch.no_grad(), writing(self.model, self.writing):
-            out, gradients = self.loop.read(inputs, targets, Carried(self.inner, state))
+            out, gradients = self.loop.read(inputs, targets, Carried(self.inner, state), self.loop.levels)
             losses = loss_per_token(self.objectives, out.y, targets)
         return losses, tree_map(_settled, out.state), gradients
 

@@ -109,11 +109,21 @@ def inner_loop(config: Config, network: nn.Module) -> InnerLoop:
             f"a compiled forward cannot be differentiated twice, as the inner level {levels[0].name!r} needs: set it "
             "to false, or the level's unroll to 0"
         )
+    if misplaced := _misplaced(settings.unroll, levels):
+        raise (settings.where / "unroll").error(misplaced)
     run: Any = torch.compile(network, fullgraph=True) if settings.compile else network
-    try:
-        return InnerLoop(run, levels, settings.unroll, settings.recompute)
-    except UserError as error:
-        raise (settings.where / "unroll").error(str(error)) from None
+    return InnerLoop(run, levels, settings.unroll, settings.recompute)
+
+
+def _misplaced(unroll: int | None, levels: Sequence[InnerLevel]) -> str | None:
+    """What is wrong with cutting every so many tokens, if anything is."""
+    for level in levels:
+        if unroll is not None and unroll % level.period:
+            return (
+                f"must be a multiple of {level.period}, the period of the inner level {level.name!r}, and not {unroll}:"
+                " a cut falls where a period ends"
+            )
+    return None
 
 
 class InnerLoop:
@@ -136,12 +146,8 @@ class InnerLoop:
         periods = sorted({level.period for level in levels})
         if any(slow % periods[0] for slow in periods):
             raise UserError(f"the periods of inner levels must be multiples of the fastest: {periods}")
-        for level in levels:
-            if unroll is not None and unroll % level.period:
-                raise UserError(
-                    f"must be a multiple of {level.period}, the period of the inner level {level.name!r}, and not "
-                    f"{unroll}: a cut falls where a period ends"
-                )
+        if misplaced := _misplaced(unroll, levels):
+            raise UserError(f"unroll {misplaced}")
         self.piece = min(periods, default=None)
 
     def init(self) -> dict[str, InnerState]:
@@ -175,21 +181,25 @@ class InnerLoop:
         return InnerState(dict(zip(level.members, moved, strict=True)), optimizer, state.updates + 1)
 
     def read(
-        self, inputs: Num[Tensor, "batch time *dim"], targets: Num[Tensor, "batch time *features"], carried: Carried
+        self,
+        inputs: Num[Tensor, "batch time *dim"],
+        targets: Num[Tensor, "batch time *features"],
+        carried: Carried,
+        learning: Sequence[InnerLevel],
     ) -> tuple[Out, Gradients]:
-        """The network over a piece of a sequence, at the weights of now, and the gradient of each level's objective,
-        summed over the piece; its graph is kept where gradients are on."""
+        """The network over a piece of a sequence, at the weights of now, and for each level that learns from it the
+        gradient of its objective, summed over the piece; the graph is kept where gradients are on."""
         keep = torch.is_grad_enabled()
-        with torch.set_grad_enabled(keep or bool(self.levels)):
+        with torch.set_grad_enabled(keep or bool(learning)):
             fast = {name: _alias(value, keep) for name, value in self.parameters(carried.levels).items()}
             arguments = inputs, carried.memory
             # Only the plain attention kernel can be differentiated twice.
             with sdpa_kernel(SDPBackend.MATH) if self.levels and keep else nullcontext():
                 out = functional_call(self.network, fast, arguments) if fast else self.network(*arguments)
             gradients: Gradients = {}
-            for index, level in enumerate(self.levels):
+            for index, level in enumerate(learning):
                 total, wanted = loss_per_token(level.objectives, out.y, targets).sum(), [fast[n] for n in level.members]
-                more = keep or index + 1 < len(self.levels)
+                more = keep or index + 1 < len(learning)
                 gradients[level.name] = list(
                     torch.autograd.grad(total, wanted, retain_graph=more, create_graph=keep, materialize_grads=True)
                 )
@@ -220,13 +230,15 @@ class InnerLoop:
         gathered: Gradients = {}
         for start in range(0, time, length := self.piece or time):
             here = slice(start, start + length)
-            out, gradients = self.read(inputs[:, here], targets[:, here], carried)
+            # A period that the sequence's end cuts short moves nothing.
+            learning = [level for level in self.levels if more or (start // level.period + 1) * level.period < time]
+            out, gradients = self.read(inputs[:, here], targets[:, here], carried, learning)
             parts.append(out)
             levels, end = dict(carried.levels), start + out.y.shape[1]
-            for level in self.levels:
+            for level in learning:
                 found, before = gradients[level.name], gathered.get(level.name)
                 gathered[level.name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
-                if end % level.period == 0 and (more or end < time):
+                if end % level.period == 0:
                     count = asked(targets[:, end - level.period : end]).sum().clamp(min=1)
                     mean = [gradient / count for gradient in gathered.pop(level.name)]
                     levels[level.name] = self._updated(level, levels[level.name], mean)
