@@ -1,4 +1,4 @@
-"""The command line: `metamem train`, `adapt`, `ablate`, `check`, `schema`."""
+"""The command line: `metamem train`, `adapt`, `ablate`, `report`, `check`, `schema`."""
 
 from __future__ import annotations
 
@@ -173,6 +173,21 @@ def ablate(
     typer.echo(f"{folder}: {done} of {len(rows)} cells done; see them with: metamem report {folder}")
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+@user_errors
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of ablations or of trainings.")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where it is written (default: RUN/report).")
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="A metric to show; several times for several.")] = None,
+) -> None:
+    """Write one HTML page on ablations and trainings, with a PNG and a CSV of each figure beside it."""
+    from metamem.analysis.report import write_report
+
+    typer.echo(f"{write_report(runs, to, metric or ())}")
 
 
 @app.command()

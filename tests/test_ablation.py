@@ -287,6 +287,7 @@ def test_a_cell_is_a_training_measured(uninterrupted):
             row.curves["loss/task"]["x"] == [1, 2, 3] and row.curves["loss/task"]["y"][-1] == row.metrics["loss/task"]
         )
         memory = "blocks.0.memory/surprise"
+        assert row.curves[f"spectrum/{memory}"]["x"][-1] == 8 and row.curves[f"spectrum/{memory}"]["y"][0] > 0
         assert len(row.curves[f"delta/{memory}"]["y"]) == 16 and row.curves[f"update/{memory}"]["x"][-1] == 16
         moves = row.curves[f"update/{memory}"]["y"]
         period = row.factors["hierarchy.levels.surprise.period"]

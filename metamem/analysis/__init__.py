@@ -3,6 +3,7 @@
 from metamem.analysis.ablation import AblationProgress, run_ablation
 from metamem.analysis.plan import Cell, Plan, plan_ablation
 from metamem.analysis.plots import accuracy_figure, stream_figure
+from metamem.analysis.report import write_report
 from metamem.analysis.results import DiskFull, Result, read_results
 from metamem.analysis.study import Claim, Row, Study, open_study
 
@@ -21,4 +22,5 @@ __all__ = [
     "read_results",
     "run_ablation",
     "stream_figure",
+    "write_report",
 ]

@@ -18,11 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from metamem.analysis.cost import training_cost
 from metamem.analysis.plan import Cell, resolve_function
 from metamem.analysis.results import DiskFull, Result, is_full
+from metamem.analysis.spectrum import lags_up_to, memory_inputs, memory_spectrum
 from metamem.analysis.trace import trace_levels
 from metamem.config import Config
+from metamem.network import Network
 from metamem.registry import TASKS
 from metamem.training import Diverged, build_task, train
 from metamem.training.loop import batches
@@ -30,6 +34,7 @@ from metamem.training.run_folder import METRICS
 
 MEASURED = ("metrics", "curves", "cost")
 NOT_MEASURED, NORMS = ("kind", "step", "seconds", "tokens_per_second"), "gradient_norm/"
+ROWS = 4  # sequences of a batch on which a spectrum is measured
 LAST = 0.1  # share of a training whose losses are averaged to its final one
 
 
@@ -90,15 +95,35 @@ def train_cell(config: Config, root: Path) -> dict[str, Any]:
         config = replace(config, training=replace(config.training, evaluate_every=config.training.steps))
     task = build_task(config)
     trained = train(config, root, task=task)
-    rows = [json.loads(line) for line in (trained.folder / METRICS).read_text().splitlines()]
-    logged, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "evaluation"))
-    metrics = _numbers(evaluated[-1]) if evaluated else {}
-    late = [row for row in logged if row["step"] > (1 - LAST) * trained.step]
-    metrics |= {key: sum(row[key] for row in late) / len(late) for key in logged[-1] if key.startswith("loss/")}
-    curves = _curves(logged) | (_curves(evaluated) if len(evaluated) > 1 else {})
+    metrics, curves = run_rows(trained.folder)
     inputs, targets = next(batches(replace(config, seed=config.seed + 1), task))
     curves |= trace_levels(trained.model, inputs)
+    curves |= spectra(trained.model, inputs)
     return {"metrics": metrics, "curves": curves, "cost": training_cost(trained, config, task, inputs, targets)}
+
+
+def run_rows(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The metrics of a training's last evaluation and its final losses, and its curves, from its run folder."""
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    logged, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "evaluation"))
+    metrics = _numbers(evaluated[-1]) if evaluated else {}
+    if logged:
+        late = [row for row in logged if row["step"] > (1 - LAST) * logged[-1]["step"]]
+        metrics |= {key: sum(row[key] for row in late) / len(late) for key in logged[-1] if key.startswith("loss/")}
+    return metrics, _curves(logged) | (_curves(evaluated) if len(evaluated) > 1 else {})
+
+
+def spectra(model: Network, inputs: Tensor) -> dict[str, dict[str, Any]]:
+    """`spectrum/<memory>/<level>`, on what memories read of a batch; `period` is the level's."""
+    curves = {}
+    for path, (memory, x) in memory_inputs(model, inputs).items():
+        lags = lags_up_to(x.shape[1] // 2)
+        periods = {level.name: level.period for level in getattr(memory, "levels", ())}
+        for level, values in memory_spectrum(memory, x[:ROWS], lags).items():
+            period = periods.get(level, min(periods.values(), default=1))
+            curve = {"x": lags, "y": values.tolist(), "period": period}
+            curves[f"spectrum/{path}/{level}"] = curve
+    return curves
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:

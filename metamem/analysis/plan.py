@@ -172,7 +172,7 @@ def _family(
         varied = [override for part in point for override in part]
         for variant, removed in variants:
             factors = {item.key: item.value for item in varied} | ({LEVELS: variant} if variant else {})
-            shown = [f"{short.get(key, key)}={_shown(value)}" for key, value in factors.items()]
+            shown = [f"{short.get(key, key)}={value_text(value)}" for key, value in factors.items()]
             yield " ".join([family, *shown]), factors, [*fixed, *varied, *removed]
 
 
@@ -209,5 +209,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _shown(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A factor's value in the name of a cell."""
     return value if isinstance(value, str) else json.dumps(value) if isinstance(value, dict | list) else show(value)

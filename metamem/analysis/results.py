@@ -47,7 +47,7 @@ class Result:
     fingerprint: str
     status: Literal["done", "diverged", "failed"]
     metrics: dict[str, float | None] = field(default_factory=dict)
-    curves: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     step: int | None = None

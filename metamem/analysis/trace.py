@@ -1,11 +1,12 @@
 """What a memory's levels do along a sequence: ‖Δ‖, how far it moves, and what a router lets through.
 
-Keys of the curves: `delta/<memory>/<level>`, `update/<memory>/<level>`, `gates/<memory>`; x is the token, y what holds
-over the piece that ends there.
+Keys of the curves: `delta/<memory>/<level>`, `update/<memory>/<level>`, `gates/<memory>/<level>`; x is the token,
+y what holds over the piece that ends there, of gates for each parameter group.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from metamem.state import State, Stateful, leaves, tree_map
 
-GATES = "router.gates"  # what a router measures: [batch, time, …, group, level]
+_GATES = re.compile(r"(?P<of>.+?)(?:\.router)?\.gates\.(?P<level>.+)")  # what a router measures of each level
 
 
 @torch.no_grad()
@@ -32,8 +33,9 @@ def trace_levels(model: Stateful, x: Shaped[Tensor, "batch time *dims"], points:
             _extend(curves, f"delta/{name}", end, float(level_norm(level["delta"]).mean()))
             _extend(curves, f"update/{name}", end, float(level_norm(move).mean()))
         for name, gates in aux.items():
-            if name.endswith(GATES):
-                _extend(curves, f"gates/{name.removesuffix('.' + GATES)}", end, gates.double().mean((0, 1)).tolist())
+            if found := _GATES.fullmatch(name):
+                groups = gates.double().mean((0, 1)).reshape(-1)
+                _extend(curves, f"gates/{found['of']}/{found['level']}", end, groups.tolist())
         before = now
     return curves
 

@@ -123,7 +123,7 @@ class Drift:
     def evaluate(self, predict: Callable[[Tensor, Tensor], Tensor], length: int | None = None) -> dict[str, float]:
         """Squared errors of what is predicted of y without its noise, over those of the Kalman filter, on the second
         half of the streams: `ratio`, of the sums over all rows, `ratio/row-0` of each, and `excess/row-0`, how much of
-        `ratio` − 1 is its.
+        `ratio` − 1 is its; `optimum/ratio` is the filter's.
 
         `predict` gives the predictions for (inputs, targets) of whole streams in one call, whatever `length` says.
         """
@@ -131,7 +131,7 @@ class Drift:
         dtype = torch.get_default_dtype()
         predictions = predict(inputs(streams).to(dtype), streams.y.to(dtype)).double()
         mine, best = (self._errors(each) for each in (predictions, self.optimum.predictions))
-        found = {"ratio": float(mine.sum() / best.sum())}
+        found = {"ratio": float(mine.sum() / best.sum()), "optimum/ratio": 1.0}
         for name, shares in (("ratio", mine / best), ("excess", (mine - best) / best.sum())):
             found |= {f"{name}/row-{row}": share for row, share in enumerate(shares.tolist())}
         return found
