@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import with_memory
 from torch import Tensor
 
 from losses.recall import mse
