@@ -12,10 +12,12 @@ from metamem.analysis import plan_ablation
 from metamem.analysis.cell import run_cell
 from metamem.cli import app
 from metamem.config import to_yaml
+from metamem.config.ablation import is_ablation
 
 WHOLE = sorted(path for folder in ("", "algorithmic", "wiring") for path in (CONFIGS / folder).glob("*.yaml"))
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
-FRAGMENTS = sorted({*CONFIGS.glob("*/*.yaml")} - {*WHOLE, *ABLATIONS})
+STUDIES = {path for path in (CONFIGS / "experiment").glob("*.yaml") if is_ablation(path)}  # each has a test of its own
+FRAGMENTS = sorted({*CONFIGS.glob("*/*.yaml")} - {*WHOLE, *ABLATIONS, *STUDIES})
 MEMORIES = sorted((CONFIGS / "memory").glob("*.yaml"))
 NETWORKS = ("memory_lm", "fast_weights_lm")
 SMALL = {"dim": 16, "blocks": 1}
@@ -55,7 +57,7 @@ def overrides(tmp_path):
         texts = [str(text), str(write_text(tmp_path / "other.txt", 3000))]
         task["two_clock"] = [f"task.sources={texts}", "task.fast=8", "task.slow=32", "task.stream=40"]
         task["continual"] = [f"task.sources={texts}", "task.steps_per_task=1", "task.examples=2"]
-        task["drift"] = ["task.stream=64", "task.examples=2"]
+        task["drift"] = ["task.stream=64", "task.examples=2", "training.length=128"]
         return settings + (task | SMALL_TASKS).get(config.task["name"], [])
 
     return of

@@ -189,7 +189,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     """Whether the value has the annotation's outer shape: enough to choose a member of a union."""
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if origin is Annotated:
-        return ONE_OR_MORE in arguments[1:] or _fits(value, arguments[0])
+        return (ONE_OR_MORE in arguments[1:] and value is not None) or _fits(value, arguments[0])
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
     if origin is Literal:
