@@ -1,6 +1,11 @@
 """Memory cells: a controller and its memories are the equations written out, reads reach the controller with their
 gradient, any memory is served, and dims that differ are met by maps."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from small_models import close, config_of, in_pieces, named, slopes, streaming_law
@@ -22,6 +27,7 @@ from metamem.memory.mnm import MNM
 pytestmark = pytest.mark.usefixtures("float64")
 
 DIM, TIME = 6, 7
+ROOT = Path(__file__).parent.parent
 
 
 def level(**settings):
@@ -212,6 +218,32 @@ def test_a_memory_is_opened_for_the_loop_and_closed_after_it():
         _, opened, _ = cell.step(x[:, t], opened)
     assert opened["memories"]["deep"]["left"] == 1
     torch.testing.assert_close(cell.close(opened), cell(x[:, :3], state).state)
+
+
+COMPILED = """
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+from metamem import GatedResidual, MemoryCell
+from metamem.controllers import FeedForward
+from metamem.memory.slots import DNC, DenseOptions
+
+torch.set_default_dtype(torch.float64)
+slots = GatedResidual(DNC(8, DenseOptions(slots=6, word=4, dim_out=8)))
+cell, x = MemoryCell(8, FeedForward(8), {"slots": slots}), torch.randn(2, 3, 8, requires_grad=True)
+made = []
+for run in (cell, torch.compile(cell, fullgraph=True, backend=aot_eager)):
+    y = run(x).y
+    made.append([y, *torch.autograd.grad(y.square().sum(), [x, *cell.parameters()])])
+torch.testing.assert_close(made[1], made[0], rtol=1e-9, atol=1e-11)
+"""
+
+
+def test_a_cell_compiles_whole():
+    """But for torch.nn.LSTM and GRU, which torch.compile refuses; in a process of its own, without jaxtyping's checks."""
+    environment = {**os.environ, "JAXTYPING_DISABLE": "1"}
+    command = [sys.executable, "-c", COMPILED]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 # The gated residual

@@ -215,6 +215,54 @@ def test_a_wrong_nested_module_is_one_line_with_its_place(
     assert "\n" not in str(error.value)
 
 
+class Several(nn.Module):
+    def __init__(self, parts: dict[str, Leaf]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+
+
+def test_a_mapping_of_modules_is_built_name_by_name(modules: Registry[nn.Module]) -> None:
+    modules.register("several")(Several)
+    options = {"parts": {"one": leaf(), "two": leaf(4)}}
+    assert modules.nested("several", options) == {("parts", "one"): leaf(), ("parts", "two"): leaf(4)}
+    built = modules.build("several", options, "here", levels=[1])
+    assert [(name, part.dim, part.levels) for name, part in built.parts.items()] == [("one", 3, [1]), ("two", 4, [1])]
+    assert options == {"parts": {"one": leaf(), "two": leaf(4)}}, "the options are changed"
+    seen = []
+    modules.build("several", options, "here", lambda keys, entry: seen.append((keys, entry)) or Leaf(9))
+    assert seen == [(("parts", "one"), leaf()), (("parts", "two"), leaf(4))]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (None, "here: parts: is missing: part 'several' needs a mapping of names, each to a mapping with a kind"),
+        ([leaf()], "here: parts: expected a mapping, not"),
+        ({"one": {"dim": 3}}, "here: parts.one.kind: is missing: name a part, such as leaf"),
+        ({"one": {"kind": "laef"}}, "here: parts.one.kind: there is no part 'laef'; did you mean 'leaf'?"),
+        ({"one": leaf(0)}, "here: parts.one: dim is too small"),
+        ({"one": {"kind": "several", "parts": {}}}, "here: parts.one.kind: 'several' is no Leaf (leaf)"),
+    ],
+)
+def test_a_wrong_module_of_a_mapping_is_one_line_with_its_place(
+    modules: Registry[nn.Module], parts: Any, message: str
+) -> None:
+    modules.register("several")(Several)
+    with pytest.raises(ConfigError) as error:
+        modules.build("several", {} if parts is None else {"parts": parts}, "here")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_schema_of_a_mapping_of_modules_has_any_module_under_any_name() -> None:
+    with registered():
+        MODULES.register("several")(Several)
+        entries = json_schema()["$defs"]["Module"]["anyOf"][:-1]
+    options = next(entry["properties"] for entry in entries if entry["properties"]["kind"]["const"] == "several")
+    mapping = options["parts"]["anyOf"][0]
+    assert mapping["type"] == "object"
+    assert {"$ref": "#/$defs/Module"} in mapping["additionalProperties"]["anyOf"]
+
+
 def test_options_of_nested_modules_are_checked_before_anything_is_built(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     head = 'head: {kind: linear, dim_in: "${vars.dim}", dim_out: 16}'

@@ -54,14 +54,15 @@ class MemoryCell(Memory):
         self.input = between(dim + read, controller.dim_in)
         self.writers = nn.ModuleDict({name: between(controller.dim_out, dim_in) for name, (dim_in, _) in dims.items()})
         self.output = nn.Linear(controller.dim_out + read, dim) if project else nn.Identity()
+        self.register_buffer("nothing", torch.zeros(0), persistent=False)  # knows the device and the type of reads
         self.dim_in, self.dim_out = dim, dim if project else controller.dim_out + read
 
     def init_state(self, batch: int) -> State:
         """Controller and memories at their start; nothing was read."""
-        like = next(self.parameters())
+        nothing = self.get_buffer("nothing")
         return {
             "controller": self.controller.init_state(batch),
-            "reads": {name: like.new_zeros(batch, dim) for name, dim in self.reads.items()},
+            "reads": {name: nothing.new_zeros(batch, dim) for name, dim in self.reads.items()},
             "memories": {name: self._memory(name).init_state(batch) for name in self.names},
         }
 
@@ -160,7 +161,7 @@ def _check(dim: int, memories: dict[str, Stateful]) -> None:
     if not memories:
         raise ValueError("a memory cell needs at least one memory; a controller without any is a module by itself")
     for name, memory in memories.items():
-        if not name or "." in name or hasattr(nn.ModuleDict, name):
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"{name!r} is no name for a memory: torch modules use it; choose another")
         if not all(isinstance(getattr(memory, key, None), int) for key in ("dim_in", "dim_out")):
             raise ValueError(f"the memory {name!r}, a {type(memory).__name__}, does not say what it takes and gives")
