@@ -87,7 +87,8 @@ def _rule(level: LevelConfig) -> str:
         signal = settings.pop("signal")
         shown = {key: value for key, value in settings.items() if key == "lr" or value != default[key]}
         return "\n".join([signal, *(_setting(key, value) for key, value in shown.items())])
-    settings = {key: value for key, value in to_dict(level.optimizer).items() if key == "lr" or value not in (0.0, None)}
+    settings = to_dict(level.optimizer)
+    settings = {key: value for key, value in settings.items() if key == "lr" or value not in (0.0, None)}
     name = settings.pop("name")
     settings.pop("betas" if name == "sgd" else "momentum", None)
     if settings["lr"] != "learned":
