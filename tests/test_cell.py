@@ -239,7 +239,7 @@ torch.testing.assert_close(made[1], made[0], rtol=1e-9, atol=1e-11)
 
 
 def test_a_cell_compiles_whole():
-    """But for torch's LSTM and GRU, which torch.compile refuses. In a process of its own, without jaxtyping's checks."""
+    """But for torch's LSTM and GRU, which torch.compile refuses. In a process of its own, without jaxtyping."""
     environment = {**os.environ, "JAXTYPING_DISABLE": "1"}
     command = [sys.executable, "-c", COMPILED]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
