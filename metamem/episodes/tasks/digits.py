@@ -1,0 +1,65 @@
+"""Task `digits`: scikit-learn's 1,797 handwritten digits of 8 × 8 pixels, five to meta-train on and five to be asked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metamem.episodes.level import Episode
+from metamem.episodes.registry import EPISODES
+from metamem.episodes.tasks.few_shot import EVALUATION, accuracy, check_sizes, episode
+from metamem.tasks.text import TaskError
+
+
+@EPISODES.register("digits")
+class Digits:
+    """`ways` digits to tell apart from `shots` examples of each; those of `evaluated` are never trained on."""
+
+    def __init__(
+        self, *, ways: int = 3, shots: int = 5, query: int = 10, evaluated: tuple[int, ...] = (1, 3, 5, 7, 9)
+    ) -> None:
+        unknown = sorted(set(evaluated) - set(range(10)))
+        if unknown or not evaluated:
+            raise TaskError(f"evaluated must be digits of 0 to 9, not {list(evaluated)}")
+        trained = [digit for digit in range(10) if digit not in evaluated]
+        check_sizes(ways, shots, query, min(len(trained), len(set(evaluated))), "to train on, or to evaluate on")
+        self.ways, self.shots, self.query = ways, shots, query
+        self.trained, self.evaluated = torch.tensor(trained), torch.tensor(sorted(set(evaluated)))
+        images, labels = load()
+        self.images = [images[labels == digit] for digit in range(10)]
+        if shots + query > (fewest := min(map(len, self.images))):
+            raise TaskError(f"shots and query are {shots + query} examples of a digit, and there are {fewest}")
+
+    def sample(self, generator: torch.Generator, tasks: int) -> Episode:
+        """Tasks over the digits that are trained on."""
+        return episode(generator, self.trained, self._draw, tasks, self.ways, self.shots, self.query)
+
+    def evaluation(self, tasks: int, seed: int = 0) -> Episode:
+        """Tasks over the others."""
+        generator = torch.Generator().manual_seed(EVALUATION + seed)
+        return episode(generator, self.evaluated, self._draw, tasks, self.ways, self.shots, self.query)
+
+    def _draw(self, generator: torch.Generator, classes: Tensor, examples: int) -> Tensor:
+        rows = []
+        for digit in classes.tolist():
+            rows.append(self.images[digit][torch.randperm(len(self.images[digit]), generator=generator)[:examples]])
+        return torch.stack(rows)
+
+    def measure(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The accuracy."""
+        return accuracy(pred, target)
+
+    def describe(self) -> str:
+        """The setting."""
+        trained, evaluated = ("".join(map(str, digits.tolist())) for digits in (self.trained, self.evaluated))
+        return f"{self.ways} digits, {self.shots} examples of each: of {trained} in training, of {evaluated} evaluated"
+
+
+def load() -> tuple[Tensor, Tensor]:
+    """The images [1797, 1, 8, 8], in 0 … 1, and their digits."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise TaskError("the task 'digits' needs scikit-learn: install the extra metamem-torch[few_shot]") from None
+    data = load_digits()
+    return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
