@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from metamem.config import Config, UserError, load_config, ownership, resolve_objectives
+from metamem.episodes.schema import is_episodes, load_episodes
 from metamem.registry import check_options
 
 app = typer.Typer(
@@ -94,6 +95,8 @@ def train(
     runs: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
 ) -> None:
     """Meta-train a config's model. Ctrl-C ends it after the step it falls in, with a checkpoint of that step."""
+    if is_episodes(config):
+        return _train_episodes(config, overrides, runs)
     resolved = load_checked(config, overrides)
     from metamem.progress import training_bar
     from metamem.training import train as run_training
@@ -107,6 +110,22 @@ def train(
         f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; adapt it with: "
         f"metamem adapt {trained.folder} --input FILE"
     )
+
+
+def _train_episodes(path: Path, overrides: list[str] | None, runs: Path) -> None:
+    from metamem.episodes.training import train_episodes
+    from metamem.progress import episodes_bar
+
+    with episodes_bar() as show:
+        trained = train_episodes(load_episodes(path, overrides or []), runs, progress=show)
+    for count, found in trained.evaluation.items():
+        figures = ", ".join(f"{name} {estimate}" for name, estimate in {"loss": found.loss, **found.figures}.items())
+        diverged = f", {found.diverged} of {found.loss.tasks} tasks diverged" if found.diverged else ""
+        typer.echo(f"after {count} updates: {figures}{diverged}")
+    if trained.interrupted:
+        typer.echo(f"interrupted: {trained.folder} holds the best checkpoint, of step {trained.best}", err=True)
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; the best is of step {trained.best}")
 
 
 @app.command()
@@ -201,6 +220,10 @@ def check(
     graph: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the network, as .svg, .png or .pdf.")] = None,
 ) -> None:
     """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing but drawings."""
+    if is_episodes(config):
+        if diagram is not None or graph is not None:
+            raise UserError(f"{config}: no drawing is made of a meta-training over tasks")
+        return _check_episodes(config, overrides)
     for drawing in filter(None, (diagram, graph)):
         check_drawable(drawing)
     resolved = load_checked(config, overrides)
@@ -232,6 +255,23 @@ def check(
 
         draw_network(model, resolved.name, graph)
         typer.echo(f"the network is drawn in {graph}")
+
+
+def _check_episodes(path: Path, overrides: list[str] | None) -> None:
+    from metamem.config import tables
+    from metamem.episodes.training import build_episodes, build_learner, outer_levels
+
+    resolved = load_episodes(path, overrides or [])
+    learner = build_learner(resolved)
+    outer_levels(resolved, learner)
+    parameters = dict(learner.named_parameters())
+    owned = ownership(parameters, resolved.hierarchy)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(tables.network_tree(learner, resolved.name))
+    console.print(tables.hierarchy_table(resolved, owned, {name: p.numel() for name, p in parameters.items()}))
+    inner, training = resolved.inner, resolved.training
+    console.print(f"{inner.steps} inner updates by the engine {inner.engine!r}; {training.steps:,} outer steps over")
+    console.print(f"{training.batch} tasks each: {build_episodes(resolved).describe()}", highlight=False)
 
 
 @app.command()

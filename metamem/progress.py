@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metamem.adaptation import Session
 from metamem.analysis.ablation import AblationProgress
+from metamem.episodes.training import EpisodesProgress
 from metamem.training import Progress as Step
 from metamem.training.loop import interruptible
 
@@ -71,6 +72,23 @@ def ablation_bar() -> Iterator[Callable[[AblationProgress], None]]:
                 f", {count} {what}" for what, count in (("diverged", now.diverged), ("failed", now.failed)) if count
             )
             bar.update(task, total=now.cells, completed=now.done, left=now.cells - now.done, trouble=trouble)
+
+        yield show
+
+
+@contextmanager
+def episodes_bar() -> Iterator[Callable[[EpisodesProgress], None]]:
+    """A progress bar over outer steps on stderr, with the outer loss of the first level."""
+    columns = (TextColumn("meta-training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]},"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    task = bar.add_task("train", total=None, loss="-")
+    with ExitStack() as shown:
+
+        def show(step: EpisodesProgress) -> None:
+            if not bar.live.is_started:  # not before: an error before the first step is one line, without a bar
+                shown.enter_context(bar)
+            loss = f"{next(iter(step.losses.values())):.4f}"
+            bar.update(task, total=step.steps, completed=step.step, loss=loss)
 
         yield show
 

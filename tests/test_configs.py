@@ -17,7 +17,8 @@ from metamem.config.ablation import is_ablation
 WHOLE = sorted(path for folder in ("", "algorithmic", "wiring") for path in (CONFIGS / folder).glob("*.yaml"))
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
 STUDIES = {path for path in (CONFIGS / "experiment").glob("*.yaml") if is_ablation(path)}  # each has a test of its own
-FRAGMENTS = sorted({*CONFIGS.glob("*/*.yaml")} - {*WHOLE, *ABLATIONS, *STUDIES})
+EPISODES = CONFIGS.glob("episodes/*.yaml")  # whole, of a schema of their own: tests/test_episode_training.py
+FRAGMENTS = sorted({*CONFIGS.glob("*/*.yaml")} - {*WHOLE, *ABLATIONS, *STUDIES, *EPISODES})
 MEMORIES = sorted((CONFIGS / "memory").glob("*.yaml"))
 NETWORKS = ("memory_lm", "fast_weights_lm")
 SMALL = {"dim": 16, "blocks": 1}

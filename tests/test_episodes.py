@@ -192,9 +192,9 @@ def test_inner_steps_are_those_of_torch_optim(options):
 @pytest.mark.parametrize("per", ["level", "group", "tensor", "row", "element"])
 def test_learned_rates_learn_by_the_exact_gradient(engine, per, per_step):
     module, batch, steps = mlp(), episode(), 5
-    shapes = {name: p.shape for name, p in module.named_parameters()}
-    groups = {name: "head" if name.startswith("4") else "body" for name in shapes}
-    rates = Rates(shapes, 0.05, learned=True, per=per, per_step=per_step, steps=steps, groups=groups)
+    named = dict(module.named_parameters())
+    groups = {name: "head" if name.startswith("4") else "body" for name in named}
+    rates = Rates(named, 0.05, learned=True, per=per, per_step=per_step, steps=steps, groups=groups)
     for value in rates.parameters():
         value.data += 0.02 * torch.randn_like(value)
     level = EpisodeLevel(OBJECTIVES, steps, SGD["momentum"], rates, engine=engine)
@@ -203,23 +203,31 @@ def test_learned_rates_learn_by_the_exact_gradient(engine, per, per_step):
     assert sum(value.numel() for value in rates.parameters()) == lead * count[per]
 
     def rate(step, loss, gradients):
-        unit = {"level": lambda name: "all", "group": groups.get}.get(per, lambda name: name.replace(".", "/"))
-        return {name: rates.rates[unit(name)][step if per_step else 0] for name in gradients}
+        row, found, start = rates.rates[step if per_step else 0], {}, 0
+        for index, (name, parameter) in enumerate(named.items()):
+            if per in ("level", "group", "tensor"):
+                found[name] = row[{"level": 0, "group": int(groups[name] == "head"), "tensor": index}[per]]
+                continue
+            shape = parameter.shape if per == "element" else (len(parameter), *[1] * (parameter.dim() - 1))
+            count = torch.Size(shape).numel()
+            found[name] = row[start : start + count].view(shape)
+            start += count
+        return found
 
     wanted = compare(module, batch, level, 1e-10, rate, rates.parameters())
     assert all(value.abs().max() > 1e-6 for value in wanted[-len(list(rates.parameters())) :])
 
 
 def test_positive_rates_are_exponentials_and_updates_beyond_the_last_take_it():
-    rates = Rates({"a": (2, 3)}, 0.1, learned=True, per="element", per_step=True, positive=True, steps=3)
+    rates = Rates({"a": torch.zeros(2, 3)}, 0.1, learned=True, per="element", per_step=True, positive=True, steps=3)
     with torch.no_grad():
-        rates.rates["a"].add_(torch.randn(3, 2, 3))
+        rates.rates.add_(torch.randn(3, 6))
     assert all((rates.at(step)["a"] > 0).all() for step in range(3))
-    torch.testing.assert_close(rates.at(1)["a"], rates.rates["a"][1].exp())
+    torch.testing.assert_close(rates.at(1)["a"], rates.rates[1].view(2, 3).exp())
     assert rates.at(7)["a"].equal(rates.at(2)["a"]) and rates.negative() == 0.0
-    free = Rates({"a": (4,)}, 0.1, learned=True, per="element")
+    free = Rates({"a": torch.zeros(4)}, 0.1, learned=True, per="element")
     with torch.no_grad():
-        free.rates["a"][0, 0] = -1.0
+        free.rates[0, 0] = -1.0
     assert free.negative() == 0.25
 
 
@@ -227,11 +235,11 @@ def test_positive_rates_are_exponentials_and_updates_beyond_the_last_take_it():
 @pytest.mark.parametrize("unrolled", [0, 1, 3])
 def test_first_order_and_truncated_take_early_gradients_as_constants(engine, unrolled):
     module, batch = mlp(), episode()
-    rates = Rates({name: p.shape for name, p in module.named_parameters()}, 0.1, learned=True)
+    rates = Rates(dict(module.named_parameters()), 0.1, learned=True)
     level = EpisodeLevel(OBJECTIVES, 4, SGD["momentum"], rates, unroll=unrolled, engine=engine)
 
     def rate(step, loss, gradients):
-        return {name: rates.rates[name.replace(".", "/")][0] for name in gradients}
+        return dict(zip(gradients, rates.rates[0], strict=True))
 
     compare(module, batch, level, 1e-10, rate, rates.parameters())
 
@@ -652,24 +660,24 @@ def test_an_error_of_the_modules_own_stays_what_it_is():
     assert not isinstance(raised.value, EngineError)
 
 
-SHAPES = {name: p.shape for name, p in mlp().named_parameters()}
+NAMED = {name: torch.zeros(p.shape) for name, p in mlp().named_parameters()}
 REFUSED = {
     "engine 'higher' has no AdamW": {"engine": "higher", "optimizer": InnerOptimizer("adamw")},
     "engine 'higher' takes rates before it takes gradients": {
         "engine": "higher",
-        "rates": Rates(SHAPES, 0.1, multiplier=RateRouter(SHAPES, "dense", experts=(1.0, 2.0), input="task")),
+        "rates": Rates(NAMED, 0.1, multiplier=RateRouter(NAMED, "dense", experts=(1.0, 2.0), input="task")),
     },
     "engine 'torchopt_meta' has no first-order or truncated mode (unroll 1 of 3 steps)": {
         "engine": "torchopt_meta",
         "unroll": 1,
     },
-    "engine 'torchopt_meta' has one rate for all": {"engine": "torchopt_meta", "rates": Rates(SHAPES, 0.1)},
+    "engine 'torchopt_meta' has one rate for all": {"engine": "torchopt_meta", "rates": Rates(NAMED, 0.1)},
     "engine 'torchopt_meta' moves all parameters": {"engine": "torchopt_meta", "members": ("0.bias",)},
     "engine 'implicit' needs a `proximal` above 0": {"engine": "implicit"},
     "engine 'implicit' gives rates, gates and routers no gradient": {
         "engine": "implicit",
         "proximal": 1.0,
-        "rates": Rates(SHAPES, 0.1, learned=True),
+        "rates": Rates(NAMED, 0.1, learned=True),
     },
     "engine 'implicit' has no `unroll`": {"engine": "implicit", "proximal": 1.0, "unroll": 2},
     "engine 'implicit' solves for its objective without weight decay": {
@@ -772,8 +780,7 @@ def test_the_innermost_module_is_found_below_a_module_of_its_own():
 
 
 def routed(module, **options):
-    shapes = {name: p.shape for name, p in module.named_parameters()}
-    return RateRouter(shapes, **options)
+    return RateRouter(dict(module.named_parameters()), **options)
 
 
 def scrambled(router):
@@ -789,12 +796,11 @@ def test_gated_rates_are_the_mixture_of_their_experts(kind, engine):
     module, batch = mlp(), episode()
     experts = (0.5, 2.0, 5.0)
     router = scrambled(routed(module, kind=kind, experts=experts, k=2))
-    rates = Rates({name: p.shape for name, p in module.named_parameters()}, 0.05, multiplier=router)
+    rates = Rates(dict(module.named_parameters()), 0.05, multiplier=router)
 
     def rate(step, loss, gradients):
         found = {}
-        for name in gradients:
-            logits = router.logits[name.replace(".", "/")]
+        for name, logits in zip(gradients, router.logits, strict=True):
             soft = torch.softmax(logits, 0)
             if kind == "binary":
                 gates = (logits >= 0).double() + logits - logits.detach()
@@ -816,15 +822,15 @@ def test_a_router_reads_the_losses_and_gradients_of_the_task(per, engine):
     with torch.no_grad():
         for value in router.parameters():
             value.add_(0.3 * torch.randn_like(value))
-    rates = Rates({name: p.shape for name, p in module.named_parameters()}, 0.05, multiplier=router)
+    rates = Rates(dict(module.named_parameters()), 0.05, multiplier=router)
 
     def rate(step, loss, gradients):
         logs = [0.5 * (loss**2 + 1e-12).log(), *(0.5 * (g.square().sum() + 1e-12).log() for g in gradients.values())]
         features = torch.stack(logs)
         found = {}
-        for name in gradients:
-            unit = "all" if per == "level" else name.replace(".", "/")
-            gates = torch.softmax(router.logits[unit] + features @ router.weights[unit], 0)
+        for index, name in enumerate(gradients):
+            unit = 0 if per == "level" else index
+            gates = torch.softmax(router.logits[unit] + features @ router.weights[:, unit], 0)
             found[name] = 0.05 * (0.5 * gates[0] + 2.0 * gates[1])
         return found
 
@@ -836,19 +842,19 @@ def test_a_router_reads_the_losses_and_gradients_of_the_task(per, engine):
 def test_a_mask_starts_open_with_the_full_gradient():
     """At zero all elements move, and a mask's gradient is that of a rate's factor at 1."""
     module, batch = mlp(), episode()
-    shapes = {name: p.shape for name, p in module.named_parameters()}
+    named = dict(module.named_parameters())
     router = routed(module, kind="binary", per="element")
-    factors = Rates(shapes, 0.1, learned=True, per="element")
-    masked = EpisodeLevel(OBJECTIVES, 3, rates=Rates(shapes, 0.1, multiplier=router))
+    factors = Rates(named, 0.1, learned=True, per="element")
+    masked = EpisodeLevel(OBJECTIVES, 3, rates=Rates(named, 0.1, multiplier=router))
     plain = EpisodeLevel(OBJECTIVES, 3, rates=factors)
     one, other = (
         outer_gradients(predict(module, adapt(module, batch.support, level), batch.query.inputs, level), batch, of)
         for level, of in ((masked, router.parameters()), (plain, factors.parameters()))
     )
-    for mask, factor in zip(one, other, strict=True):
-        torch.testing.assert_close(mask.squeeze(-1), 0.1 * factor.squeeze(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(one[0].squeeze(-1), 0.1 * other[0].squeeze(0), rtol=0, atol=1e-12)
+    start = module[0].weight.numel() + module[0].bias.numel() + 5
     with torch.no_grad():
-        router.logits["2/weight"][1] = -0.1
+        router.logits[start : start + 5] = -0.1  # the second row of 2.weight
     adapted = adapt(module, batch.support, masked)
     assert adapted.fast["2.weight"][:, 1].equal(module[2].weight[1].expand(TASKS, -1))
     assert not adapted.fast["2.weight"][:, 0].equal(module[2].weight[0].expand(TASKS, -1))
@@ -860,7 +866,7 @@ def test_a_mask_starts_open_with_the_full_gradient():
         ({"kind": "dense", "hold": False}, "a softmax over one choice is always 1"),
         ({"kind": "topk", "k": 2}, "the 2 largest of 2 choices are all of them"),
         ({"kind": "binary", "per": "element", "input": "task"}, "gates of the task are per level, group or tensor"),
-        ({"kind": "binary", "per": "group"}, "rates per group need the group of every parameter"),
+        ({"kind": "binary", "per": "group"}, "numbers per group need the group of every parameter"),
     ],
 )
 def test_routers_that_could_not_work_are_refused(options, reason):

@@ -51,6 +51,7 @@ PACKAGES = [
     "metamem.controllers",
     "metamem.hierarchy",
     "metamem.episodes",
+    "metamem.episodes.tasks",
     "metamem.memory.slots",
     "metamem.tasks",
     "metamem.training",

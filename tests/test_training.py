@@ -26,7 +26,7 @@ from small_models import (
 from metamem import ConfigError, UserError, build, build_task, load_config, load_run, load_state, save_state, train
 from metamem.tasks import TaskError
 from metamem.training import CheckpointError, Diverged, load_checkpoint, run_config, save_checkpoint
-from metamem.training.loop import LAST_RATE, _schedule
+from metamem.training.loop import LAST_RATE, rate_share
 from metamem.training.run_folder import CHECKPOINT, CONFIG, METRICS
 
 ROOT = CONFIGS.parent
@@ -149,14 +149,12 @@ def test_a_slow_step_level_moves_at_its_period_and_at_the_end(tmp_path):
 
 
 def test_the_schedules():
-    constant = tiny("", "training.steps=100", "training.warmup=10", "training.schedule=constant")
-    assert [_schedule(constant, step) for step in (1, 5, 10, 50, 100)] == [0.1, 0.5, 1.0, 1.0, 1.0]
-    cosine = tiny("", "training.steps=100", "training.warmup=10")
-    shares = [_schedule(cosine, step) for step in range(1, 101)]
+    assert [rate_share(step, 100, 10, "constant") for step in (1, 5, 10, 50, 100)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    shares = [rate_share(step, 100, 10, "cosine") for step in range(1, 101)]
     assert shares[-1] == pytest.approx(LAST_RATE) and max(shares) == shares[9] and shares[9] > 0.95
     assert shares[9:] == sorted(shares[9:], reverse=True)
     assert shares[49] == pytest.approx(LAST_RATE + (1 - LAST_RATE) / 2)
-    assert _schedule(tiny("", "training.steps=4", "training.warmup=0"), 4) == pytest.approx(LAST_RATE)
+    assert rate_share(4, 4, 0, "cosine") == pytest.approx(LAST_RATE)
 
 
 # Nothing is overwritten, nothing is half made

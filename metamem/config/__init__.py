@@ -9,7 +9,7 @@ from metamem.config.check import (
     resolve_objectives,
 )
 from metamem.config.errors import ConfigError, UserError, Where
-from metamem.config.load import load_config, to_yaml
+from metamem.config.load import has_key, load_as, load_config, to_yaml
 from metamem.config.resolve import objective_gradient, resolve_objective
 from metamem.config.schema import (
     Config,
@@ -21,12 +21,15 @@ from metamem.config.schema import (
     OptimizerConfig,
     RouterConfig,
     RuleConfig,
+    RunConfig,
     TrainingConfig,
     to_dict,
 )
 
 __all__ = [
     "load_config",
+    "load_as",
+    "has_key",
     "to_yaml",
     "to_dict",
     "Config",
@@ -36,6 +39,7 @@ __all__ = [
     "GroupConfig",
     "LevelConfig",
     "RuleConfig",
+    "RunConfig",
     "RouterConfig",
     "OptimizerConfig",
     "TrainingConfig",

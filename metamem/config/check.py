@@ -14,7 +14,15 @@ from metamem.config.check_router import check_router
 from metamem.config.convert import convert
 from metamem.config.errors import Where, show, suggest
 from metamem.config.resolve import MEASURED, Objective, resolve_objective, statistics
-from metamem.config.schema import CLOCKS, OUTER_CLOCKS, Config, HierarchyConfig, LevelConfig, NetworkConfig
+from metamem.config.schema import (
+    CLOCKS,
+    OUTER_CLOCKS,
+    Config,
+    HierarchyConfig,
+    LevelConfig,
+    NetworkConfig,
+    RunConfig,
+)
 from metamem.globs import match_names, matches, nearest_names
 
 _RUN_NAME = re.compile(r"\w[\w.-]*")
@@ -23,14 +31,19 @@ _PART_NAME = re.compile(r"[A-Za-z_]\w*")
 
 def check_config(config: Config) -> None:
     """Raise a `ConfigError` on the first thing in the config that contradicts another."""
+    check_run(config)
+    check_network(config.network)
+    check_hierarchy(config.hierarchy)
+    check_router(config)
+
+
+def check_run(config: RunConfig) -> None:
+    """The run has a name that a folder can have, and its task one."""
     if not _RUN_NAME.fullmatch(config.name):
         allowed = "use letters, digits, '.', '_', '-'"
         raise (config.where / "name").error(f"{show(config.name)} cannot name a folder: {allowed}")
     if not isinstance(config.task.get("name"), str):
         raise config.where.at("task", "name").error("is missing: name a task, such as english")
-    check_network(config.network)
-    check_hierarchy(config.hierarchy)
-    check_router(config)
 
 
 def network_config(options: Mapping[str, Any], where: Where) -> NetworkConfig:
@@ -144,7 +157,7 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
         raise (where / "unroll").error(
             "is for inner levels: a memory's gradient is cut in all its levels at once, every training.unroll tokens"
         )
-    if level.unroll in (0, 1) and level.optimizer is not None and level.optimizer.lr == "learned":
+    if level.unseen and level.optimizer is not None and level.optimizer.lr == "learned":
         # The cut comes right after the update: with unroll 1 no loss sees the rate of any.
         raise where.at("optimizer", "lr").error(
             f"nothing learns this rate: with unroll {level.unroll} no outer gradient reaches it"
@@ -165,7 +178,7 @@ def _pace(level: LevelConfig) -> str:
     return f"{level.clock}/{level.period}"
 
 
-def resolve_objectives(config: Config) -> dict[str, dict[Objective, float]]:
+def resolve_objectives(config: RunConfig) -> dict[str, dict[Objective, float]]:
     """Level -> objective function, of predictions and targets -> weight; a `ConfigError` for a path that names no
     function, and for an objective of routers in a level that is inside the forward pass."""
     found: dict[str, dict[Objective, float]] = {}
@@ -183,7 +196,7 @@ def resolve_objectives(config: Config) -> dict[str, dict[Objective, float]]:
     return found
 
 
-def measured_objectives(config: Config) -> dict[str, dict[str | Objective, float]]:
+def measured_objectives(config: RunConfig) -> dict[str, dict[str | Objective, float]]:
     """Outer level -> what it adds of what was measured on the way -> weight: a glob over the names (`aux.<glob>`), or a
     function of what routers measure."""
     found: dict[str, dict[str | Objective, float]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from metamem.config.errors import Where, nearest, show
@@ -128,6 +128,17 @@ def _convert_dataclass(value: dict[str, Any], cls: Any, where: Where) -> Any:
 def schema_fields(cls: Any) -> Iterator[dataclasses.Field[Any]]:
     """The fields of a schema dataclass that a config file can set: all but its `where`."""
     return (field for field in dataclasses.fields(cls) if field.name != "where")
+
+
+def dataclass_at(schema: Any, path: Sequence[str | int]) -> Any:
+    """The schema dataclass that describes what stands at a path of a config; an item of a list by index or name."""
+    kind = schema
+    for key in path:
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind)[next(field.name for field in schema_fields(kind) if key_of(field) == key)]
+        else:
+            kind = get_args(kind)[-1]
+    return kind
 
 
 def key_of(field: dataclasses.Field[Any]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from metamem.config import nodes
 from metamem.config.check import check_config
@@ -20,7 +21,9 @@ from metamem.config.errors import Where, nearest
 from metamem.config.nodes import Node
 from metamem.config.overrides import Override, apply_overrides
 from metamem.config.references import escape, interpolate
-from metamem.config.schema import Config, to_dict
+from metamem.config.schema import Config, RunConfig, to_dict
+
+C = TypeVar("C", bound=RunConfig)
 
 
 def load_config(path: Path | str, overrides: Sequence[str | Override] = ()) -> Config:
@@ -29,16 +32,26 @@ def load_config(path: Path | str, overrides: Sequence[str | Override] = ()) -> C
     Raises `ConfigError`, one line with file, line, key, value and the nearest valid choice, for anything that is wrong
     with it; what needs the modules themselves (their options, parameter names) is checked when they are built.
     """
-    path = Path(path)
-    root = apply_overrides(_load(path, display(path), ()), overrides)
-    root.value.setdefault("name", Node(path.stem, root.place))
-    tree, sources = nodes.strip(root)
-    config = convert(interpolate(tree, sources), Config, Where(sources))
+    config = load_as(Config, path, overrides)
     check_config(config)
     return config
 
 
-def to_yaml(config: Config) -> str:
+def load_as(schema: type[C], path: Path | str, overrides: Sequence[str | Override] = ()) -> C:
+    """A config of another schema, its types checked and nothing else."""
+    path = Path(path)
+    root = apply_overrides(_load(path, display(path), ()), overrides, schema)
+    root.value.setdefault("name", Node(path.stem, root.place))
+    tree, sources = nodes.strip(root)
+    return convert(interpolate(tree, sources), schema, Where(sources))
+
+
+def has_key(path: Path | str, key: str) -> bool:
+    """Whether a config file, or one that it extends, has a key at its top."""
+    return key in _load(Path(path), display(Path(path)), ()).value
+
+
+def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML, which `load_config` reads back to an equal `Config`."""
     return nodes.dump(escape(to_dict(config)))
 

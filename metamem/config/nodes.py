@@ -150,6 +150,8 @@ def merge(base: Node, new: Node, path: Path = ()) -> Node:
 
 def chooser(path: Path) -> str | None:
     """The key that says what the mapping at `path` is, and with it which other keys it may have."""
+    if path == ("module",):
+        return "kind"
     if path == ("task",) or (path[:2] == LEVELS and path[-1] == "optimizer"):
         return "name"
     of_module = path[:1] == ("network",) and path[-2:-1] == ("modules",)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from metamem.config import nodes
+from metamem.config.convert import dataclass_at, key_of, schema_fields
 from metamem.config.errors import Path, Sources, Where, show
 from metamem.config.nodes import Node
-from metamem.config.schema import Config, HierarchyConfig, LevelConfig
+from metamem.config.schema import Config, RunConfig
 
 PLACE = "command line"
 _KEY = re.compile(r"[^.\[\]=]+(\[\d+\])*(\.[^.\[\]=]+(\[\d+\])*)*")
@@ -30,12 +31,12 @@ class Override:
     place: str = PLACE
 
 
-def apply_overrides(root: Node, overrides: Sequence[str | Override]) -> Node:
+def apply_overrides(root: Node, overrides: Sequence[str | Override], schema: type[RunConfig] = Config) -> Node:
     """The tree with every override in it; first those that choose a kind, since they drop the old kind's options."""
     parsed = [_parse(item if isinstance(item, Override) else parse_override(item)) for item in overrides]
     parsed.sort(key=lambda item: nodes.chooser(tuple(item[0][:-1])) != item[0][-1])
     for keys, value in parsed:
-        _set(root, keys, value, ())
+        _set(root, keys, value, (), schema)
     return root
 
 
@@ -53,14 +54,14 @@ def _parse(override: Override) -> tuple[list[str], Node]:
     return re.findall(r"[^.\[\]]+", override.key), nodes.tree(override.value, override.place)
 
 
-def _set(node: Node, keys: list[str], value: Node, path: Path) -> None:
+def _set(node: Node, keys: list[str], value: Node, path: Path, schema: type[RunConfig]) -> None:
     key, rest = keys[0], keys[1:]
     if path[:2] == nodes.LEVELS and path[-1] == "objective":
         key, rest = ".".join(keys), []  # an objective is named by a dotted path, which is one key
     if isinstance(node.value, list):
         index = _index(node.value, key, path, value.place)
         if rest:
-            _set(node.value[index], rest, value, (*path, index))
+            _set(node.value[index], rest, value, (*path, index), schema)
         elif value.value is None and path == nodes.LEVELS:
             del node.value[index]
         else:
@@ -73,12 +74,12 @@ def _set(node: Node, keys: list[str], value: Node, path: Path) -> None:
     entries: dict[str, Node] = node.value
     if rest:
         if key not in entries:
-            known = _schema_keys(path)
+            known = _schema_keys(path, schema)
             if key not in known:
                 raise _where((*path, key), value.place).unknown("unknown key", key, [*entries, *known])
         if key not in entries or entries[key].value is None:
             entries[key] = Node({}, value.place)
-        _set(entries[key], rest, value, (*path, key))
+        _set(entries[key], rest, value, (*path, key), schema)
         return
     if key not in entries and not _may_be_new(path, value):
         raise _where((*path, key), value.place).unknown("unknown key", key, entries)
@@ -105,14 +106,10 @@ def _name(item: Node) -> str | None:
     return name.value if isinstance(name, Node) and isinstance(name.value, str) else None
 
 
-def _schema_keys(path: Path) -> list[str]:
+def _schema_keys(path: Path, schema: type[RunConfig]) -> list[str]:
     """The keys that the schema has at this path, which a file may have left out."""
-    if path == ():
-        return [field.name for field in fields(Config) if field.name != "where"]
-    if path == ("hierarchy",):
-        return [field.name for field in fields(HierarchyConfig) if field.name != "where"]
-    if len(path) == 3 and path[:2] == nodes.LEVELS:
-        return [field.name for field in fields(LevelConfig) if field.name != "where"]
+    if path in ((), ("hierarchy",)) or (len(path) == 3 and path[:2] == nodes.LEVELS):
+        return [key_of(field) for field in schema_fields(dataclass_at(schema, path))]
     return []
 
 

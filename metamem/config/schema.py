@@ -130,6 +130,11 @@ class LevelConfig(Located):
         """Whether the level owns slow weights."""
         return self.clock in OUTER_CLOCKS
 
+    @property
+    def unseen(self) -> bool:
+        """Whether no loss sees what an update's rate did: the cut comes right after it."""
+        return self.unroll in (0, 1)
+
 
 @dataclass(frozen=True)
 class RouterConfig(Located):
@@ -207,16 +212,23 @@ class TrainingConfig(Located):
     threads: Count | None = None
 
 
-@dataclass(frozen=True)
-class Config(Located):
-    """A whole run. `name` names its folder and defaults to the file's; `task` is a registered name and its options."""
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Located):
+    """What every run has. `name` names its folder and defaults to the file's; `task` is a registered name and its
+    options."""
 
     name: str
     task: dict[str, Any]
-    network: NetworkConfig
     hierarchy: HierarchyConfig
     seed: Whole = 0
     vars: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """A network on sequences."""
+
+    network: NetworkConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from metamem.config.schema import Config, LevelConfig, RuleConfig, to_dict
+from metamem.config.schema import Config, LevelConfig, RuleConfig, RunConfig, to_dict
 
 if TYPE_CHECKING:
     from metamem.hierarchy import Calendar
@@ -54,7 +54,7 @@ def _shape(module: Any) -> tuple[Any, ...]:
     return type(module), tuple((name, type(part)) for name, part in module.named_modules()), parameters
 
 
-def hierarchy_table(config: Config, owned: Mapping[str, list[str]], sizes: Mapping[str, int]) -> Table:
+def hierarchy_table(config: RunConfig, owned: Mapping[str, list[str]], sizes: Mapping[str, int]) -> Table:
     """Level, clock, period, objective, rule, groups, and the slow weights each outer level owns.
 
     `owned` is what `ownership` returned, `sizes` parameter name -> number of elements.
@@ -88,7 +88,7 @@ def _rule(level: LevelConfig) -> str:
         shown = {key: value for key, value in settings.items() if key == "lr" or value != default[key]}
         return "\n".join([signal, *(_setting(key, value) for key, value in shown.items())])
     settings = to_dict(level.optimizer)
-    settings = {key: value for key, value in settings.items() if key == "lr" or value not in (0.0, None)}
+    settings = {key: value for key, value in settings.items() if key == "lr" or value not in (0.0, None, {})}
     name = settings.pop("name")
     settings.pop("betas" if name == "sgd" else "momentum", None)
     if settings["lr"] != "learned":

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metamem.episodes.rates import Granularity, Shapes, units
+from metamem.episodes.rates import layout
 from metamem.gating import binary, dense, top_k
+from metamem.hierarchy.rates import RatesPer
 
 FLOOR = 1e-12  # under a loss or a squared norm, whose logarithm is a feature
 
@@ -28,7 +29,7 @@ FLOOR = 1e-12  # under a loss or a squared norm, whose logarithm is a feature
 class RateRouter(nn.Module):
     """Gates over (unit × expert): `(step, losses, gradients) -> multiplier of each parameter's rate`.
 
-    - `shapes`   name -> shape of the parameters that move; `groups`: the group of each, for `per: group`
+    - `parameters`   those that move, by name; `groups`: the group of each, for `per: group`
     - `kind`     `dense`, `topk` (its `k` largest) or `binary`; the first two with *hold* unless `hold` is false
     - `experts`  what they multiply the rate by
     - `input`    `static` or `task`
@@ -38,11 +39,11 @@ class RateRouter(nn.Module):
 
     def __init__(
         self,
-        shapes: Shapes,
+        parameters: Mapping[str, Tensor],
         kind: Literal["dense", "topk", "binary"],
         *,
         experts: Sequence[float] = (1.0,),
-        per: Granularity = "tensor",
+        per: RatesPer = "tensor",
         k: int = 1,
         hold: bool = True,
         input: Literal["static", "task"] = "static",
@@ -57,34 +58,27 @@ class RateRouter(nn.Module):
         if input == "task" and per in ("row", "element"):
             raise ValueError(f"gates of the task are per level, group or tensor, not per {per}")
         self.kind, self.k, self.reads_gradients = kind, k, input == "task"
-        self.names, self.ranks = tuple(shapes), {name: len(shape) for name, shape in shapes.items()}
-        self.unit_of, unit_shapes = units(per, shapes, groups)
+        self.ranks = {name: parameter.dim() for name, parameter in parameters.items()}
+        self.layout = layout(parameters, per, groups)
         self.register_buffer("experts", torch.tensor([*experts, *[0.0] * (choices - len(experts))]), persistent=False)
-        self.logits = nn.ParameterDict(
-            {unit: nn.Parameter(torch.zeros(*shape, choices)) for unit, shape in unit_shapes.items()}
-        )
+        self.logits = nn.Parameter(torch.zeros(self.layout.size, choices))
         if input == "task":
-            features = 1 + len(shapes)
-            self.weights = nn.ParameterDict(
-                {unit: nn.Parameter(torch.zeros(features, choices)) for unit in unit_shapes}
-            )
+            self.weights = nn.Parameter(torch.zeros(1 + len(parameters), self.layout.size, choices))
 
     def forward(self, step: int, losses: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The multiplier of each parameter's rate, which broadcasts against [tasks, *shape]."""
-        factors = {unit: gates @ self.experts for unit, gates in self.gates(losses, gradients).items()}
-        found = {name: factors[self.unit_of[name]] for name in self.names}
-        if self.reads_gradients:
-            found = {name: value.view(-1, *(1,) * self.ranks[name]) for name, value in found.items()}
-        return found
-
-    def gates(self, losses: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Unit -> gates over the experts and hold, [choices], [*shape, choices] or, of the task, [tasks, choices]."""
+        factors = self.gates(losses, gradients) @ self.experts
         if not self.reads_gradients:
-            return {unit: self._gate(logits) for unit, logits in self.logits.items()}
-        features = task_features(losses, [gradients[name] for name in self.names])
-        return {unit: self._gate(bias + features @ self.weights[unit]) for unit, bias in self.logits.items()}
+            return dict(zip(self.ranks, self.layout.of_each(factors), strict=True))
+        parts = zip(self.ranks.items(), self.layout.parts, strict=True)
+        return {name: factors[:, part].view(-1, *(1,) * rank) for (name, rank), part in parts}
 
-    def _gate(self, logits: Tensor) -> Tensor:
+    def gates(self, losses: Tensor, gradients: Mapping[str, Tensor]) -> Float[Tensor, "*tasks units choices"]:
+        """The gates of each unit over the experts and hold; of a task, where they read it."""
+        logits = self.logits
+        if self.reads_gradients:
+            features = task_features(losses, [gradients[name] for name in self.ranks])
+            logits = logits + torch.einsum("tf,fuc->tuc", features, self.weights)
         if self.kind == "topk":
             return top_k(logits, self.k)
         return dense(logits) if self.kind == "dense" else binary(logits)

@@ -44,8 +44,8 @@ def perceptron(
 
 @EPISODE_MODULES.register("context_perceptron")
 class ContextPerceptron(nn.Module):
-    """A perceptron over its input and `context` numbers more, which are 0 before a task, and which no outer level moves:
-    what they start from, a bias of the first layer already says."""
+    """A perceptron over its input and `context` numbers more, which are 0 before a task and which no outer level moves:
+    what they start from, a bias of the first layer says already."""
 
     def __init__(self, widths: tuple[int, ...], context: int = 5, activation: Activation = "relu") -> None:
         super().__init__()

@@ -1,11 +1,11 @@
 """Rates of an inner level: how far each parameter moves at each update, one number or learned.
 
-    r_k[θ] = lr_k[unit of θ] · multiplier_k[θ]
+    r_k[θ] = lr_k[θ] · multiplier_k[θ]
 
-A unit is what has a rate of its own: all that moves (`level`), a parameter group, a tensor, a row of one, or every
-element (Meta-SGD; Li et al. 2017). With `per_step` each has one for each of the K updates, K of them (MAML++; Antoniou
-et al. 2019); updates beyond the K-th take the last. The multiplier is that of a mask or a router over rates
-(`metamem.episodes.gates`).
+A learned rate is one for all that moves (`level`), for a parameter group, a tensor, a row of one, or every element
+(Meta-SGD; Li et al. 2017): `metamem.hierarchy.rates`. With `per_step` each has an entry for each of the K updates, K of
+them (MAML++; Antoniou et al. 2019); updates beyond the K-th take the last. The multiplier is that of a mask or a router
+over rates (`metamem.episodes.gates`).
 
 A learned rate may become negative, as in Meta-SGD's own code; `positive` keeps it above zero, as the exponential of
 what is learned.
@@ -13,65 +13,30 @@ what is learned.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-Granularity: TypeAlias = Literal["level", "group", "tensor", "row", "element"]
-Shapes: TypeAlias = Mapping[str, Sequence[int]]
-
-
-class Multiplier(Protocol):
-    """What multiplies rates, from the losses [tasks] and gradients [tasks, *shape] of an update."""
-
-    reads_gradients: bool
-
-    def __call__(self, step: int, losses: Tensor, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]: ...
-
-
-class Units(NamedTuple):
-    """The unit of each parameter, and the shape of each unit's tensor: () for one number."""
-
-    of: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-
-
-def units(per: Granularity, shapes: Shapes, groups: Mapping[str, str] | None = None) -> Units:
-    """What has a rate, or a gate, of its own; `groups`: the group of each parameter."""
-    if per == "level":
-        return Units(dict.fromkeys(shapes, "all"), {"all": ()})
-    if per == "group":
-        if groups is None:
-            raise ValueError("rates per group need the group of every parameter")
-        return Units({name: groups[name] for name in shapes}, {groups[name]: () for name in shapes})
-    of = {name: name.replace(".", "/") for name in shapes}  # a dot would not be allowed in a parameter's name
-    if per == "tensor":
-        return Units(of, {unit: () for unit in of.values()})
-    if per == "row":
-        rows = {name: (shape[0], *(1,) * (len(shape) - 1)) if shape else () for name, shape in shapes.items()}
-        return Units(of, {of[name]: shape for name, shape in rows.items()})
-    return Units(of, {of[name]: tuple(shape) for name, shape in shapes.items()})
+from metamem.hierarchy.rates import LearnedRates, RatesPer, learned_rates_over
 
 
 class Rates(nn.Module):
     """The rates of an inner level: `(step, losses, gradients) -> rate of each parameter`.
 
-    - `shapes`      name -> shape of the parameters that move
+    - `parameters`  those that move, by name
     - `lr`          a number, or where a learned rate starts
     - `learned`, `per`, `per_step`, `positive`   as above; `steps`: K; `groups`: the group of each parameter
-    - `multiplier`  a mask or a router over rates
+    - `multiplier`  a `RateRouter`
     """
 
     def __init__(
         self,
-        shapes: Shapes,
+        parameters: Mapping[str, Tensor],
         lr: float,
         *,
         learned: bool = False,
-        per: Granularity = "tensor",
+        per: RatesPer = "tensor",
         per_step: bool = False,
         positive: bool = False,
         steps: int = 1,
@@ -81,16 +46,10 @@ class Rates(nn.Module):
         super().__init__()
         if positive and lr <= 0:
             raise ValueError(f"positive rates start above 0, not at {lr:g}")
-        self.lr, self.learned, self.per_step, self.positive, self.steps = lr, learned, per_step, positive, steps
-        self.names = tuple(shapes)
-        self.multiplier = multiplier
+        self.lr, self.learned, self.names, self.multiplier = lr, learned, tuple(parameters), multiplier
         if learned:
-            self.unit_of, unit_shapes = units(per, shapes, groups)
-            start = math.log(lr) if positive else lr
-            lead = steps if per_step else 1
-            self.rates = nn.ParameterDict(
-                {unit: nn.Parameter(torch.full((lead, *shape), start)) for unit, shape in unit_shapes.items()}
-            )
+            self.layout = layout(parameters, per, groups, lr, positive)
+            self.rates = nn.Parameter(self.layout.fresh().repeat(steps if per_step else 1, 1))
 
     @property
     def reads_gradients(self) -> bool:
@@ -109,16 +68,26 @@ class Rates(nn.Module):
         """The rates themselves, before what multiplies them."""
         if not self.learned:
             return dict.fromkeys(self.names, self.lr)
-        entry = min(step, self.steps - 1) if self.per_step else 0
-        found = {unit: value[entry] for unit, value in self.rates.items()}
-        if self.positive:
-            found = {unit: value.exp() for unit, value in found.items()}
-        return {name: found[self.unit_of[name]] for name in self.names}
+        entry = min(step, len(self.rates) - 1)
+        return dict(zip(self.names, self.layout.of_each(self.rates[entry]), strict=True))
 
     @torch.no_grad()
     def negative(self) -> float:
         """The share of learned rates that are below zero."""
-        if not self.learned or self.positive:
-            return 0.0
-        values = torch.cat([value.flatten() for value in self.rates.values()])
-        return float((values < 0).double().mean())
+        return float((self.rates < 0).double().mean()) if self.learned and not self.layout.positive else 0.0
+
+
+def layout(
+    parameters: Mapping[str, Tensor],
+    per: RatesPer,
+    groups: Mapping[str, str] | None,
+    initial: float = 0.0,
+    positive: bool = False,
+) -> LearnedRates:
+    """What has a number of its own, and where it stands in the vector of all. Raises ValueError without the groups that
+    `per: group` needs."""
+    if per == "group" and groups is None:
+        raise ValueError("numbers per group need the group of every parameter")
+    names = list(dict.fromkeys((groups or {}).get(name, "") for name in parameters))
+    of = [names.index((groups or {}).get(name, "")) for name in parameters]
+    return learned_rates_over(per, list(parameters.values()), of, initial, positive)

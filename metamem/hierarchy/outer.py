@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from metamem.config import Config, LevelConfig, measured_objectives, ownership, resolve_objectives
+from metamem.config import Config, LevelConfig, RunConfig, measured_objectives, ownership, resolve_objectives
 from metamem.config.resolve import Objective
 from metamem.hierarchy.calendar import Calendar, calendar_of
 from metamem.hierarchy.objectives import measured_loss
@@ -28,18 +28,30 @@ class OuterLevels:
     """The outer levels of a config: each owns slow weights, and has an objective, an optimizer, a clock and a period.
 
     A level gathers the gradient of its own objective over every outer step since it last fired, in a buffer of its own,
-    and fires where the calendar says so. Without a calendar it is the config's, for what it says of epochs.
+    and fires where the calendar says so. Without a calendar it is the config's, for what it says of epochs; `make`
+    makes a level's optimizer, whose groups have an `initial_lr`.
     """
 
-    def __init__(self, config: Config, network: nn.Module, calendar: Calendar | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        network: nn.Module,
+        calendar: Calendar | None = None,
+        make: Callable[[LevelConfig, list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    ) -> None:
         parameters = dict(network.named_parameters())
         owned, objectives = ownership(parameters, config.hierarchy), resolve_objectives(config)
-        self.calendar = calendar_of(config) if calendar is None else calendar
+        if calendar is None:
+            assert isinstance(config, Config), "a run of another kind has a calendar of its own"
+            calendar = calendar_of(config)
+        self.calendar = calendar
         self.levels = [level for level in config.hierarchy.levels if level.outer]
         self.parameters = {level.name: [parameters[name] for name in owned[level.name]] for level in self.levels}
         self.objectives = {level.name: objectives[level.name] for level in self.levels}
         self.measured = measured_objectives(config)
-        self.optimizers = {level.name: _optimizer(level, self.parameters[level.name]) for level in self.levels}
+        self.optimizers = {
+            level.name: (make or _optimizer)(level, self.parameters[level.name]) for level in self.levels
+        }
         self.gathered = {level.name: self._nothing(level) for level in self.levels}
 
     def distinct(self) -> Iterator[tuple[Objectives, dict[str | Objective, float], list[LevelConfig]]]:

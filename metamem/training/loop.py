@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -93,9 +93,10 @@ def train(
         for step, (inputs, targets) in enumerate(chain([first], drawn), start=1):
             out = forward(inputs, targets)
             losses = outer.backward(partial(_loss, out.y, targets), out.aux)
-            _check_finite(losses, step, folder, saved, "loss")
-            norms = outer.step(step, _schedule(config, step), settings.gradient_clip)
-            _check_finite(norms, step, folder, saved, "gradient")
+            check_finite(losses, step, folder, saved, "loss")
+            share = rate_share(step, settings.steps, settings.warmup, settings.schedule)
+            norms = outer.step(step, share, settings.gradient_clip)
+            check_finite(norms, step, folder, saved, "gradient")
             seconds = time.perf_counter() - started
             rate = step * inputs.numel() / seconds
             if step % settings.log_every == 0 or step == settings.steps:
@@ -181,16 +182,16 @@ def _means(aux: Mapping[str, Tensor]) -> dict[str, float]:
     return rows
 
 
-def _schedule(config: Config, step: int) -> float:
+def rate_share(step: int, steps: int, warmup: int, schedule: Literal["constant", "cosine"]) -> float:
     """The share of its rate that an outer level uses at an outer step."""
-    settings = config.training
-    warm = min(1.0, step / settings.warmup) if settings.warmup else 1.0
-    if settings.schedule == "constant":
+    warm = min(1.0, step / warmup) if warmup else 1.0
+    if schedule == "constant":
         return warm
-    return warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+    return warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def _check_finite(values: dict[str, float], step: int, folder: Path, saved: int, what: str) -> None:
+def check_finite(values: dict[str, float], step: int, folder: Path, saved: int, what: str) -> None:
+    """Raises Diverged where a level's value is not finite."""
     for name, value in values.items():
         if not math.isfinite(value):
             kept = f"the checkpoint of step {saved} stays in {folder}" if saved else "no checkpoint was made yet"

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from metamem.config import Config, UserError, load_config, to_yaml
+from metamem.config import Config, RunConfig, UserError, load_config, to_yaml
 
 CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.safetensors"
 
 
-def create_run(config: Config, root: Path = Path("runs")) -> Path:
+def create_run(config: RunConfig, root: Path = Path("runs")) -> Path:
     """A new folder for a run of this config, with the resolved config in it."""
     folder = new_folder(root, config.name)
     (folder / CONFIG).write_text(to_yaml(config))

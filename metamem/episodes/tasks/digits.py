@@ -1,6 +1,8 @@
-"""Task `digits`: scikit-learn's 1,797 handwritten digits of 8 × 8 pixels, five to meta-train on and five to be asked."""
+"""Task `digits`: scikit-learn's 1,797 handwritten digits of 8 × 8 pixels, five to train on and five to be asked."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,5 +63,5 @@ def load() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise TaskError("the task 'digits' needs scikit-learn: install the extra metamem-torch[few_shot]") from None
-    data = load_digits()
+    data: Any = load_digits()
     return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)

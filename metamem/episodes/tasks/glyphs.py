@@ -28,8 +28,8 @@ class Glyphs:
 
     - `path`        the font's hex file
     - `characters`  how many, drawn once from those that are distinct and not all but empty
-    - `turn`, `shift`, `scale`, `flip`   the most that an example is turned (degrees), moved (pixels), scaled (share), and
-      the share of its pixels that is flipped
+    - `turn`, `shift`, `scale`, `flip`   the most that an example is turned (degrees), moved (pixels), scaled (share),
+      and the share of its pixels that is flipped
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Task `sinusoid`: y = A sin(ω x + φ) from a few points (Finn et al. 2017; with an unknown frequency Li et al. 2017)."""
+"""Task `sinusoid`: y = A sin(ω x + φ) from a few points (Finn et al. 2017; of unknown frequency: Li et al. 2017)."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ class Sinusoid:
         if not self.noise:
             return self._determined(episode)
         tasks = zip(*episode.support, episode.query.inputs, strict=True)
-        return torch.stack(
-            [self._posterior_mean(*task, phases, frequencies) for task in tasks]
-        )
+        return torch.stack([self._posterior_mean(*task, phases, frequencies) for task in tasks])
 
     def _determined(self, episode: Episode) -> Tensor:
         """Without noise, two points determine amplitude and phase, and three the frequency with them (but for sets of

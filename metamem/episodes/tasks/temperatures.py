@@ -1,7 +1,7 @@
 """Task `temperatures`: the next hour's temperature in a city, learned from some days and asked over the days after.
 
-From the hours of 2010 in Seattle and San Francisco (the package vega-datasets). A model that is meta-trained on one city
-adapts to the weather of a stretch of days in the other.
+From the hours of 2010 in Seattle and San Francisco (the package vega-datasets). A model that is meta-trained on one
+city adapts to the weather of a stretch of days in the other.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ class Temperatures:
     - `shots`, `query`       hours that are shown, and those after them that are asked
     """
 
-    def __init__(
-        self, *, train: City = "seattle", evaluated: City = "sf", shots: int = 48, query: int = 24
-    ) -> None:
+    def __init__(self, *, train: City = "seattle", evaluated: City = "sf", shots: int = 48, query: int = 24) -> None:
         if shots < 1 or query < 1:
             raise TaskError(f"shots and query must be at least 1, not {shots} and {query}")
-        self.shots, self.query, self.cities = shots, query, (train, evaluated)
+        cities: tuple[City, City] = (train, evaluated)
+        self.shots, self.query, self.cities = shots, query, cities
         hours = load(train)
         self.mean, self.deviation = hours.mean(), hours.std()
-        self.train, self.evaluated = (_examples((load(city) - self.mean) / self.deviation) for city in self.cities)
+        self.train, self.evaluated = (_examples((load(city) - self.mean) / self.deviation) for city in cities)
         if shots + query > (longest := len(self.train.targets)):
             raise TaskError(f"shots and query are {shots + query} hours, and a year has {longest}")
 
