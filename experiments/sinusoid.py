@@ -121,7 +121,13 @@ def run_cell(cell: Cell) -> None:
 def measured(found: Evaluation) -> dict[str, float]:
     """The error of an evaluation."""
     mse = found.figures["mse"]
-    return {"mse": mse.mean, "interval": mse.interval, "tasks": mse.tasks, "diverged": found.diverged}
+    return {
+        "mse": mse.mean,
+        "interval": mse.interval,
+        "median": mse.median,
+        "tasks": mse.tasks,
+        "diverged": found.diverged,
+    }
 
 
 @torch.no_grad()
@@ -159,7 +165,8 @@ def tables(
             cells, diverged = [], []
             for updates in UPDATES:
                 mean, interval, lost = pooled(results, updates)
-                cells.append(f"{mean:.3f} ± {interval:.3f}")
+                median = statistics.fmean(result["updates"][str(updates)]["median"] for result in results)
+                cells.append(f"{mean:.1e}, median {median:.2f}" if lost else f"{mean:.3f} ± {interval:.3f}")
                 diverged.append(str(lost))
                 study.add(f"{learner}, {shots} points, {updates} updates", mean, "mse")
             negative = statistics.fmean(result["negative_rates"] for result in results)

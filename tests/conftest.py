@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # Their asserts are read in failures, as those of a test module are.
-pytest.register_assert_rewrite("conformance")
+pytest.register_assert_rewrite("conformance", "episode_reference")
 
 settings.register_profile(
     "metamem",

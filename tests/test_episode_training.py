@@ -95,7 +95,8 @@ def test_training_lowers_the_loss_after_adapting(tmp_path):
 
 
 def test_the_best_checkpoint_stays_and_training_stops_without_patience(tmp_path):
-    overrides = ("hierarchy.levels.meta.optimizer.lr=5.0", "training.steps=20", "training.evaluate_every=1")
+    rates = ("hierarchy.levels.meta.optimizer.lr=0.3", f"{LEVEL}.optimizer.lr=0.0")
+    overrides = (*rates, "training.steps=20", "training.evaluate_every=1")
     config = small(MAML, *overrides, "training.patience=3")
     trained = train_episodes(config, tmp_path)
     losses = [row["loss/updates-1"] for row in rows(trained.folder) if row["kind"] == "evaluation"]
@@ -155,7 +156,7 @@ def test_negative_rates_are_reported():
 def test_an_estimate_is_the_mean_with_its_interval():
     values = torch.tensor([1.0, 2.0, 4.0, 5.0])
     found = Estimate.of(values)
-    assert found.mean == 3.0 and found.tasks == 4
+    assert found.mean == found.median == 3.0 and found.tasks == 4 and str(found) == "3 ± 1.8"
     assert found.interval == pytest.approx(1.959964 * values.std().item() / 2)
 
 
@@ -190,8 +191,10 @@ REFUSED = {
     "torch.nn.Linear cannot be made": ["module={kind: torch.nn.Linear, size: 3}"],
     "torch.nn.functional.relu makes a Tensor, not an nn.Module": None,
     "there is no 'Linaer' in torch.nn": ["module={kind: torch.nn.Linaer}"],
-    "there is no inner optimizer 'rmsprop'": [f"{LEVEL}.optimizer.name=rmsprop"],
-    "there is no step optimizer 'adem'; did you mean 'adam'?": ["hierarchy.levels.meta.optimizer.name=adem"],
+    "there is no inner optimizer 'rmsprop'": [f"{LEVEL}.optimizer={{name: rmsprop, lr: 0.1}}"],
+    "there is no step optimizer 'adem'; did you mean 'adam'?": [
+        "hierarchy.levels.meta.optimizer={name: adem, lr: 0.1}"
+    ],
     "'functionl' is not valid; did you mean 'functional'?": [f"{LEVEL}.engine=functionl"],
     "engine: engine 'implicit' needs a `proximal` above 0": [f"{LEVEL}.engine=implicit"],
     "engine: engine 'higher' has no AdamW": [f"{LEVEL}.engine=higher", f"{LEVEL}.optimizer={{name: adamw, lr: 0.1}}"],

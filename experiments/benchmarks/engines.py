@@ -108,7 +108,7 @@ def plain_loop(module: nn.Module, shown: Batch, asked: Batch, updates: int, orde
     """The outer loss as one would write it down."""
     losses, second = [], order == "second"
     for x, y, x_asked, y_asked in zip(*shown, *asked, strict=True):
-        fast = dict(module.named_parameters())
+        fast: dict[str, Tensor] = dict(module.named_parameters())
         for _ in range(updates):
             loss = (functional_call(module, fast, (x,)) - y).square().mean()
             steps = torch.autograd.grad(loss, list(fast.values()), create_graph=second)

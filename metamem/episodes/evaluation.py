@@ -22,17 +22,21 @@ DIVERGED = 10.0  # times the mean loss before adaptation: a task that adapting h
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks, and half the width of its 95 % interval, 1.96 standard errors of it."""
+    """A mean over tasks, and half the width of its 95 % interval, 1.96 standard errors of it; and the median."""
 
     mean: float
     interval: float
+    median: float
     tasks: int
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
         """The estimate from the figure of each task."""
-        deviation = float(values.double().std()) if len(values) > 1 else math.nan
-        return cls(float(values.double().mean()), Z * deviation / math.sqrt(max(len(values), 1)), len(values))
+        values, count = values.double(), len(values)
+        if count < 2:
+            return cls(float(values.mean()), math.nan, float(values.mean()), count)
+        interval = Z * float(values.std()) / math.sqrt(count)
+        return cls(float(values.mean()), interval, float(values.quantile(0.5)), count)
 
     def __str__(self) -> str:
         return f"{self.mean:.3g} ± {self.interval:.2g}"

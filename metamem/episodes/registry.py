@@ -13,7 +13,7 @@ A module's kind is a registered name, or the dotted path of any `nn.Module`, who
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from metamem.episodes.level import Episode
 from metamem.registry import Registry
 
 
+@runtime_checkable
 class EpisodicTask(Protocol):
     """A distribution over tasks."""
 
