@@ -2,8 +2,7 @@
 
 25 tasks, an MLP of widths 1, 40, 40, 1, ten points shown and ten asked, K inner updates of SGD, second and first
 order, one thread. Contenders take turns, `--rounds` times around, in seconds of the process itself; the best of each
-counts, as a shared machine only ever slows things down. Peak memory is that of a process of its own, less what it had
-before.
+counts, as a shared machine only ever slows things down. Peak memory is that of tensors, by torch's profiler.
 
     closed form     batched weights, every inner gradient written out; nothing but torch.bmm and one outer backward
     functional      ours; `vmap` and `loop` are its other executors
@@ -14,13 +13,11 @@ before.
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -143,19 +140,15 @@ def measure(found: dict[str, tuple[Loss, list[nn.Parameter]]], rounds: int) -> d
     return best
 
 
-def peak(name: str, updates: int, order: str) -> float:
-    """MiB that an outer gradient takes in a process of its own."""
-    spec = json.dumps({"name": name, "updates": updates, "order": order})
-    done = subprocess.run([sys.executable, __file__, "--one", spec], capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def one(name: str, updates: int, order: str) -> float:
-    """The same, in that process: with a single update first, which loads what there is to load."""
-    for count in (1, updates):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        gradient(*contenders(count, order)[name])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+def peak(contender: tuple[Loss, list[nn.Parameter]]) -> float:
+    """The most MiB that tensors of an outer gradient take at once, by torch's own record of what is allocated."""
+    gradient(*contender)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        gradient(*contender)
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events)) / 2**20
 
 
 def report(study: Study, order: str, times: dict[int, dict[str, float]], peaks: dict[str, float]) -> list[Claim]:
@@ -167,9 +160,8 @@ def report(study: Study, order: str, times: dict[int, dict[str, float]], peaks: 
             ratio = best[name] / best["closed form"]
             study.add(f"{name}, {order} order, K = {updates}", 1000 * best[name], "ms", "closed form", ratio)
             cells.append(f"{1000 * best[name]:.2f} (× {ratio:.2f})")
-        if name in peaks:
-            study.add(f"{name}, {order} order, peak memory", peaks[name], "MiB")
-        rows.append([name, *cells, f"{peaks[name]:.1f}" if name in peaks else ""])
+        study.add(f"{name}, {order} order, peak memory", peaks[name], "MiB")
+        rows.append([name, *cells, f"{peaks[name]:.1f}"])
     headings = ["", *(f"K = {updates}, ms" for updates in times), f"peak at K = {max(times)}, MiB"]
     study.table(f"An outer gradient, {order} order; × the closed form", headings, rows)
     fast = max(best["functional"] / best["closed form"] for best in times.values())
@@ -183,15 +175,11 @@ def report(study: Study, order: str, times: dict[int, dict[str, float]], peaks: 
 def options(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
     parser.add_argument("--rounds", type=int, default=40, help="timed gradients of each contender; the best counts")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
 
 
 def main() -> int:
     """Measures in one run; the exit code is the verdict's."""
     torch.set_num_threads(1)
-    if "--one" in sys.argv:
-        print(one(**json.loads(sys.argv[sys.argv.index("--one") + 1])))
-        return 0
     study = open_study("benchmark-engines", "Outer gradients of inner loops, by engine.", options=options)
     found: list[Claim] = []
     for order in ORDERS:
@@ -201,8 +189,8 @@ def main() -> int:
             updates: measure(contenders(updates, order), 2 if study.smoke else study.options.rounds)
             for updates in counts
         }
-        names = ("closed form", "functional") if study.smoke else tuple(times[1])
-        found += report(study, order, times, {name: peak(name, max(counts), order) for name in names})
+        peaks = {name: peak(contender) for name, contender in contenders(max(counts), order).items()}
+        found += report(study, order, times, peaks)
     return study.verdict(found)
 
 
