@@ -148,7 +148,7 @@ def peak(contender: tuple[Loss, list[nn.Parameter]]) -> float:
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events)) / 2**20
+    return max(accumulate(event.nbytes() for event in events)) / 2**20  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def report(study: Study, order: str, times: dict[int, dict[str, float]], peaks: dict[str, float]) -> list[Claim]:
