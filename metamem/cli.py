@@ -230,6 +230,7 @@ def check(
     from metamem.config import tables
     from metamem.hierarchy import calendar_of, inner_loop
     from metamem.hierarchy.timing import timing, timing_text
+    from metamem.routing import Router
     from metamem.training import build_task
 
     model = importlib.import_module("metamem.network").build(resolved)
@@ -242,6 +243,9 @@ def check(
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(tables.network_tree(model, resolved.name))
     console.print(tables.hierarchy_table(resolved, owned, {name: p.numel() for name, p in parameters.items()}))
+    if resolved.hierarchy.router is not None:
+        routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        console.print(tables.router_table(resolved.hierarchy.router, routers))
     console.print(tables.schedule_table(resolved, calendar))
     console.print(timing_text(timing(resolved, calendar)), highlight=False)
     console.print(task.describe(), highlight=False)

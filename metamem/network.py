@@ -1,7 +1,7 @@
 """Network: a graph of modules, built from the `network:` part of a config, with one state for all of them.
 
     modules:      name -> kind and options (`metamem.registry.MODULES`); kind `network` nests, `repeat` stacks copies
-    connections:  {from: a, to: b}, or several sources joined `by` concat, sum or gate; `in` and `out` are the ends
+    connections:  {from: a, to: b}, or several sources joined `by` concat, sum, gate or moe; `in` and `out` are the ends
 
 A name that only connections use is a junction: it passes on what was joined there.
 """
@@ -27,7 +27,7 @@ from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
 from metamem.memory.mnm import MNM
 from metamem.registry import MODULES
-from metamem.routing import Router
+from metamem.routing import Mixture, Router
 from metamem.state import State, Stateful
 
 MODULES.register("fast_weights")(FastWeights)
@@ -60,7 +60,9 @@ def build(config: Config) -> Network:
             )
     router = config.hierarchy.router
     if router is not None and not any(isinstance(module, Router) for module in network.modules()):
-        raise router.where.error("gates what fast_weights write, and no such memory is in its groups: set it to null")
+        raise router.where.error(
+            "gates what fast_weights write, and no such memory is in its groups; set hierarchy.router to null"
+        )
     _check_length(config, network)
     if rates := learned_rates(config, network):
         network.add_module("inner_rates", rates)
@@ -114,7 +116,8 @@ class Network(Stateful):
         """Runs the graph on `in` = x; aux: what the modules measured, by path."""
         values, after, aux = {"in": x}, {}, {}
         for step in self.steps:
-            value = self._join(step, [values[source] for source in step.source])
+            value, measured = self._join(step, values)
+            aux.update(measured)
             if step.to in self.names:
                 module = getattr(self, step.to)
                 if isinstance(module, Stateful):
@@ -132,12 +135,18 @@ class Network(Stateful):
         token = weight.new_zeros(1, 1, self.dim_in) if self.dim_in else weight.new_zeros(1, 1).long()
         return list(self(token).aux)
 
-    def _join(self, step: ConnectionConfig, sources: list[Tensor]) -> Tensor:
+    def _join(self, step: ConnectionConfig, values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a connection's sources make, and what a mixture measures."""
+        sources = [values[source] for source in step.source]
         if step.by == "gate":
-            return getattr(self, f"{step.to}_gate")(*sources)
+            return getattr(self, f"{step.to}_gate")(*sources), {}
+        if step.by == "moe":
+            by = torch.cat(sources, -1) if step.input is None else values[step.input]
+            mixed, measured = getattr(self, f"{step.to}_router")(by, sources)
+            return mixed, {f"{step.to}_router.{name}": value for name, value in measured.items()}
         if step.by == "concat":
-            return torch.cat(sources, -1)
-        return sources[0] if len(sources) == 1 else torch.stack(sources).sum(0)
+            return torch.cat(sources, -1), {}
+        return sources[0] if len(sources) == 1 else torch.stack(sources).sum(0), {}
 
     def _meet(self, dims: dict[str, int | None]) -> None:
         """Follows the dims through the graph, and makes the gates, whose dim is known only now."""
@@ -145,7 +154,7 @@ class Network(Stateful):
             sources = {source: dims[source] for source in step.source}
             known = {source: dim for source, dim in sources.items() if dim is not None}
             joined = " + ".join(f"{source} ({dims[source]})" for source in step.source)
-            if step.by in ("sum", "gate") and len(set(known.values())) > 1:
+            if step.by in ("sum", "gate", "moe") and len(set(known.values())) > 1:
                 raise (step.where / "from").error(f"cannot {step.by} {joined}: the dims differ")
             dim = next(iter(known.values()), None)
             if step.by == "concat":
@@ -153,9 +162,15 @@ class Network(Stateful):
             if step.by == "gate":
                 if len(step.source) != 2 or dim is None:
                     raise (step.where / "by").error(f"gate takes two sources of a known dim, not {joined}")
-                if (gate := f"{step.to}_gate") in self.names:
-                    raise (step.where / "to").error(f"the gate of {step.to!r} is called {gate!r}, and so is a module")
-                self.add_module(gate, Gate(dim))
+                self._add(step, "gate", Gate(dim))
+            if step.by == "moe":
+                by = dims[step.input] if step.input else sum(known.values())
+                if dim is None or not by or len(known) < len(sources):
+                    gated = f", gated by {step.input} ({by})" if step.input else ""
+                    raise (step.where / "by").error(
+                        f"moe takes sources and an input of known dims, not {joined}{gated}"
+                    )
+                self._add(step, "router", Mixture(by, step.source, step.k))
             if step.to in self.names:
                 module = getattr(self, step.to)
                 wanted = getattr(module, "dim_in", None)
@@ -166,6 +181,12 @@ class Network(Stateful):
                 dim = getattr(module, "dim_out", dim)
             dims[step.to] = dim
         self.dims, self.dim_out = dims, dims["out"]
+
+    def _add(self, step: ConnectionConfig, part: str, module: nn.Module) -> None:
+        """A part of a connection, as a module of the network: named after where it leads."""
+        if (name := f"{step.to}_{part}") in self.names:
+            raise (step.where / "to").error(f"the {part} of {step.to!r} is called {name!r}, and so is a module")
+        self.add_module(name, module)
 
 
 class Repeat(Stateful):
@@ -264,7 +285,7 @@ def _ordered(connections: Sequence[ConnectionConfig]) -> list[ConnectionConfig]:
     ordered: list[ConnectionConfig] = []
     there, left = {"in"}, list(connections)
     while left:
-        ready = [step for step in left if there.issuperset(step.source)]
+        ready = [step for step in left if there.issuperset(step.needs)]
         if not ready:
             raise left[0].where.error(f"the connections form a cycle: {_cycle(left)}")
         ordered += ready
@@ -276,7 +297,7 @@ def _ordered(connections: Sequence[ConnectionConfig]) -> list[ConnectionConfig]:
 def _cycle(left: Sequence[ConnectionConfig]) -> str:
     """One cycle among connections that all wait for one another, as `a -> b -> a`."""
     waits = {
-        step.to: next(source for source in step.source if any(source == other.to for other in left)) for step in left
+        step.to: next(source for source in step.needs if any(source == other.to for other in left)) for step in left
     }
     path = [left[0].to]
     while waits[path[-1]] not in path:

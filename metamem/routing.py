@@ -14,10 +14,13 @@ through the memory's network; momentum, forgetting and retention are the level's
     fixed    no logits: a table
 
 With `hold` a softmax has one more choice, to write nothing.
+
+A `Mixture` gates what several modules of a network made, by the same functions: y = Σ_i m_i y_i.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,21 +66,26 @@ class Router(nn.Module):
         self.heads, self.layers = heads if by_head else 1, len(shapes) if by_layer else 1
         self.blocks = (config.blocks or 1) if config.granularity == "block" else 1
         self._check_blocks(shapes)
-        sizes = torch.tensor([d_in * d_out for d_in, d_out in shapes], dtype=torch.float)
+        sizes = torch.tensor([d_in * d_out for d_in, d_out in shapes], dtype=torch.get_default_dtype())
         sizes = sizes if by_layer else sizes.sum(0, keepdim=True)
         shares = (sizes / sizes.sum() / (self.heads * self.blocks)).repeat_interleave(self.blocks).repeat(self.heads)
         self.register_buffer("costs", shares.unsqueeze(1).repeat(1, len(levels)), persistent=False)
+        self.parts = (self.heads, self.layers, self.blocks)
         if config.gating == "fixed":
-            self.register_buffer("table", self._table(), persistent=False)
+            self.register_buffer("table", table := self._table(), persistent=False)
+            # One number for all groups changes no product: with ones, a memory computes what it does without a router.
+            self.parts = (1, 1, 1) if bool((table == table[:1]).all()) else self.parts
             return
         self.choices = len(levels) + config.holds
         if config.gating == "topk" and self.k > len(levels):
             raise (config.where / "k").error(
-                f"{self.k} is more than the memory's levels ({len(levels)}): set k to {len(levels)}, or kind to dense"
+                f"{self.k} is more than the memory's levels ({len(levels)}); "
+                f"set k to {len(levels)}, or kind to 'dense' and k to null"
             )
         if config.gating != "binary" and self.choices < 2:
             raise (config.where / "kind").error(
-                f"a softmax over one choice, level {levels[0]!r}, is always 1: set hold to true, or kind to binary"
+                f"a softmax over one choice, level {levels[0]!r}, is always 1; "
+                f"set hold to true, or kind to 'binary' and hold to null"
             )
         count = self.groups * self.choices
         if config.source != "static":
@@ -90,10 +98,19 @@ class Router(nn.Module):
         """What its logits come from: `token`, `chunk`, or nothing (`static`)."""
         return self.config.source
 
+    def opens(self, level: str) -> bool:
+        """Whether a gate of a level is ever open: a table may close it for good."""
+        return self.config.gating != "fixed" or bool((self.table[:, self.names.index(level)] > 0).any())
+
     @property
     def groups(self) -> int:
         """How many parameter groups it tells apart."""
         return self.heads * self.layers * self.blocks
+
+    @property
+    def splits_heads(self) -> bool:
+        """Whether the parts of a head have gates of their own, which its rate cannot hold."""
+        return self.parts[1:] != (1, 1)
 
     @property
     def k(self) -> int:
@@ -119,18 +136,12 @@ class Router(nn.Module):
         """What is known of the gates: for objectives `gates`, `logits` (where any are learned) and `costs`, each
         level's share of the weights that a group has; for the logs, of every token, `gates.<level>` of each group,
         `load.<level>`, the share of groups that are open, and `entropy` in nats, the mean over groups."""
-        gates, logits = routing
-        aux = {"gates": gates, "costs": self.costs.to(gates.dtype).expand_as(gates)}
-        for level, (name, of_level) in enumerate(zip(self.names, gates.unbind(-1), strict=True)):
-            aux[f"gates.{name}"] = of_level
-            aux[f"load.{name}"] = (gates[..., level] > 0).to(gates.dtype).mean(-1)
-        if logits is not None:
-            aux |= {"logits": logits, "entropy": gating.entropy(logits).mean(-1)}
-        return aux
+        costs = self.costs.to(routing.gates.dtype).expand_as(routing.gates)
+        return {**_measured(self.names, routing), "costs": costs}
 
     def by_part(self, gates: Float[Tensor, "batch tokens groups levels"]) -> Float[Tensor, "b t h l n levels"]:
-        """The gates by head, layer and block; of one where it does not tell them apart."""
-        return gates.unflatten(2, (self.heads, self.layers, self.blocks))
+        """The gates by head, layer and block; one along what is gated alike."""
+        return gates[:, :, : math.prod(self.parts)].unflatten(2, self.parts)
 
     def _gates(self, logits: Tensor) -> Tensor:
         if self.config.gating == "topk":
@@ -143,16 +154,13 @@ class Router(nn.Module):
                 whole = [n for n in range(1, width + 1) if all(d_out % n == 0 for _, d_out in shapes)]
                 nearest = min(whole, key=lambda n: (abs(n - self.blocks), n))
                 raise (self.config.where / "blocks").error(
-                    f"the {width} columns of layer {layer} cannot be cut into {self.blocks} blocks: "
+                    f"the {width} columns of layer {layer} cannot be cut into {self.blocks} blocks; "
                     f"set blocks to {nearest}"
                 )
 
     def _table(self) -> Tensor:
         table, where = self.config.table or {}, self.config.where / "table"
         rows = []
-        for name in table:
-            if name not in self.names:
-                raise (where / name).unknown(f"the memory has no level {name!r}", name, self.names)
         for name in self.names:
             gate = table.get(name, 0.0)
             if isinstance(gate, list) and len(gate) != self.groups:
@@ -160,4 +168,42 @@ class Router(nn.Module):
                     f"gives {len(gate)} gates, and the memory has {self.groups} groups: one for each, or one for all"
                 )
             rows.append(gate if isinstance(gate, list) else [gate] * self.groups)
-        return torch.tensor(rows, dtype=torch.float).T.contiguous()
+        if not any(map(any, rows)):
+            raise where.error(
+                f"opens none of the memory's levels ({', '.join(self.names)}), and nothing would be written"
+            )
+        return torch.tensor(rows, dtype=torch.get_default_dtype()).T.contiguous()
+
+
+class Mixture(nn.Module):
+    """y_t = Σ_i m_i y^i_t, m = softmax(x_t W + b), or its `k` largest, straight through to it: a mixture of what the
+    modules `names` made of the same tokens (Jacobs et al. 1991; top-k: Shazeer et al. 2017). A mixture may be a source
+    of another, and a hierarchy of experts so (Jordan and Jacobs 1994). All of its modules run: those that hold a state
+    have to read every token.
+    """
+
+    def __init__(self, dim: int, names: Sequence[str], k: int | None = None) -> None:
+        super().__init__()
+        self.names, self.k = tuple(names), k
+        self.weight = nn.Parameter(torch.randn(len(names), dim) / dim**0.5)
+        self.bias = nn.Parameter(torch.zeros(len(names)))
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], sources: Sequence[Float[Tensor, "batch tokens dim_out"]]
+    ) -> tuple[Float[Tensor, "batch tokens dim_out"], dict[str, Tensor]]:
+        """The mixture, and what is known of its gates (as of a router of one group: the names are its levels)."""
+        logits = functional.linear(x, self.weight, self.bias)
+        gates = gating.dense(logits) if self.k is None else gating.top_k(logits, self.k)
+        mixed = (torch.stack(list(sources), -1) * gates.to(sources[0].dtype).unsqueeze(-2)).sum(-1)
+        return mixed, _measured(self.names, Routing(gates.unsqueeze(2), logits.unsqueeze(2)))
+
+
+def _measured(names: Sequence[str], routing: Routing) -> dict[str, Tensor]:
+    gates, logits = routing
+    aux = {"gates": gates}
+    for index, (name, of_choice) in enumerate(zip(names, gates.unbind(-1), strict=True)):
+        aux[f"gates.{name}"] = of_choice
+        aux[f"load.{name}"] = (gates[..., index] > 0).to(gates.dtype).mean(-1)
+    if logits is not None:
+        aux |= {"logits": logits, "entropy": gating.entropy(logits).mean(-1)}
+    return aux

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from losses.recall import cosine, dot_product, mse
-from metamem.config.schema import ConnectionConfig
+from metamem.config.schema import ConnectionConfig, RouterConfig
 from metamem.controllers import LSTM
 from metamem.memory.base import Memory, Out
 from metamem.memory.cell import MemoryCell
@@ -173,6 +173,29 @@ def as_context(name: str, segment: int, persistent: int) -> Entry:
     )
 
 
+def routed(*levels: TokenLevel, kind: str, by: str, input: str = "token", **settings) -> FastWeights:
+    blocks = 2 if by == "block" else None
+    router = RouterConfig(kind=kind, input=input, granularity=by, blocks=blocks)  # pyright: ignore[reportArgumentType]
+    return FastWeights(DIM, levels, 2, router=router, **settings)
+
+
+MEMORIES |= {
+    "routed-blocks": Entry(
+        lambda: routed(fast(**LEARNED), slow(8, **LEARNED), kind="dense", by="block", signal_at="token", chunk=4)
+    ),
+    "routed-layers": Entry(  # a token that holds, or is written at the slow level, lowers nothing at once
+        lambda: routed(fast(0.05, window=6), slow(4), kind="topk", by="layer", hidden=[6], chunk=4, writers=2),
+        exempt=frozenset({"descent"}),
+    ),
+    "routed-heads": Entry(
+        lambda: routed(fast(), slow(4), kind="binary", by="head", signal_at="token", chunk=4),
+        exempt=frozenset({"descent"}),
+    ),
+    "routed-chunks": Entry(  # a group that is always open has no age to learn from
+        lambda: routed(fast(0.05, **LEARNED), slow(8), kind="dense", by="block", input="chunk", hidden=[6], chunk=4),
+        exempt=frozenset({"optimizer_step"}),
+    ),
+}
 MEMORIES["context-delta"] = as_context("delta", segment=5, persistent=2)
 MEMORIES["context-titans"] = as_context("titans-like", segment=4, persistent=0)
 

@@ -10,7 +10,7 @@ def advice(reason, chunk):
     is the memory's, which a level does not know."""
     found = []
     for alternative in reason.strip().rpartition("; set ")[2].split(", or "):
-        pairs = [re.fullmatch(r"(\w+) to (.+)", part) for part in alternative.split(" and ")]
+        pairs = [re.fullmatch(r"([\w.]+) to (.+)", part) for part in alternative.split(" and ")]
         if all(pairs):
             found.append({key: _value(text, chunk) for key, text in (pair.groups() for pair in pairs if pair)})
     return found

@@ -122,6 +122,110 @@ def test_settings_that_exclude_each_other_are_refused_with_what_is_accepted(case
         assert instead.exit_code == 0, (alternative, instead.output)
 
 
+ROUTER = "hierarchy.router"
+STATIC = f"{ROUTER}={{kind: static}}"
+TABLE = f"{ROUTER}={{kind: fixed, table: {{surprise: 1}}}}"
+GROUP = "hierarchy.groups.routers={match: '**.memory.router.**'}"
+# preset, what is set, the key that is named, why
+ROUTERS_REFUSED = {
+    "blocks-that-do-not-divide": ("delta_net", [f"{ROUTER}={{kind: static, granularity: block, blocks: 3}}"], "blocks"),
+    "blocks-of-a-hidden-layer": ("titans", [f"{ROUTER}={{kind: dense, granularity: block, blocks: 5}}"], "blocks"),
+    "blocks-of-layers": ("delta_net", [f"{ROUTER}={{kind: static, blocks: 2}}"], "blocks"),
+    "no-number-of-blocks": ("delta_net", [f"{ROUTER}={{kind: static, granularity: block}}"], "blocks"),
+    "blocks-of-a-module": (
+        "titans",
+        [
+            "vars.memory.network=torch.nn.Linear",
+            "vars.memory.expansion=[]",
+            f"{ROUTER}={{kind: static, granularity: block, blocks: 2}}",
+        ],
+        "granularity",
+    ),
+    "more-than-the-levels": ("delta_net", [f"{ROUTER}={{kind: topk, k: 2}}"], "k"),
+    "k-of-a-softmax": ("delta_net", [f"{ROUTER}={{kind: dense, k: 1}}"], "k"),
+    "one-choice": ("delta_net", [f"{ROUTER}={{kind: dense, hold: false}}"], "kind"),
+    "hold-beside-binary": ("delta_net", [f"{ROUTER}={{kind: binary, hold: true}}"], "hold"),
+    "no-table": ("delta_net", [f"{ROUTER}={{kind: fixed}}"], "table"),
+    "a-table-beside-logits": ("delta_net", [f"{ROUTER}={{kind: static, table: {{surprise: 1}}}}"], "table"),
+    "an-input-of-nothing": ("delta_net", [f"{ROUTER}={{kind: static, input: chunk}}"], "input"),
+    "an-input-of-a-table": ("delta_net", [TABLE, f"{ROUTER}.input=token"], "input"),
+    "a-fixed-router-that-learns": (
+        "delta_net",
+        [TABLE, GROUP, "hierarchy.levels.task.groups=[all, routers]"],
+        "hierarchy.groups.routers.match",
+    ),
+    "updates-after-the-last-read": ("lact", [STATIC, f"{LEVEL}.period=128"], f"{LEVEL}.period"),
+    "updates-that-are-detached": ("lact", [STATIC, "training.unroll=64"], f"{LEVEL}.period"),
+    "an-objective-of-no-router": (
+        "delta_net",
+        ["hierarchy.levels.task.objective={losses.outer.next_token: 1, losses.outer.router_balance: 0.1}"],
+        "hierarchy.levels.task.objective.losses.outer.router_balance",
+    ),
+    "an-objective-of-a-table": (
+        "delta_net",
+        [TABLE, "hierarchy.levels.task.objective={losses.outer.next_token: 1, losses.outer.router_balance: 0.1}"],
+        "hierarchy.levels.task.objective.losses.outer.router_balance",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROUTERS_REFUSED)
+def test_routers_that_could_not_learn_or_gate_are_refused_with_what_is_accepted(case, config_of):
+    preset, settings, key = ROUTERS_REFUSED[case]
+    path = config_of(preset)
+    result = check(path, *settings)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+    full = re.escape(key if "." in key else f"{ROUTER}.{key}")
+    assert re.search(rf"(command line|\S+\.yaml:\d+): {full.replace('surprise', '(surprise|0)')}", result.stderr), (
+        result.stderr
+    )
+    alternatives = advice(result.stderr, None)
+    assert alternatives, result.stderr
+    for alternative in alternatives:
+        keys = {"period": f"{LEVEL}.period"}
+        instead = [
+            f"{keys.get(key, key if '.' in key else f'{ROUTER}.{key}')}={json.dumps(value)}"
+            for key, value in alternative.items()
+        ]
+        accepted = check(path, *settings, *instead)
+        assert accepted.exit_code == 0, (alternative, accepted.output)
+
+
+OTHER_ROUTERS = {
+    "a group that is not there": (
+        [f"{ROUTER}={{kind: static, over: [memry]}}"],
+        "no group 'memry'; did you mean 'memory'?",
+    ),
+    "a group of slow weights": ([f"{ROUTER}={{kind: static, over: [all]}}"], "no token level moves the group 'all'"),
+    "a level that is not there": ([f"{ROUTER}={{kind: fixed, table: {{suprise: 1}}}}"], "did you mean 'surprise'?"),
+    "nothing open": (
+        [f"{ROUTER}={{kind: fixed, table: {{surprise: 0}}}}"],
+        "opens none of the memory's levels (surprise)",
+    ),
+    "a gate too few": ([f"{ROUTER}={{kind: fixed, granularity: head, table: {{surprise: [1]}}}}"], "has 2 groups"),
+    "an objective inside": (
+        [STATIC, f"{LEVEL}.objective={{losses.outer.router_z: 1}}"],
+        "router_z is of routers (logits), which only an outer level can add to its loss",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_ROUTERS)
+def test_what_a_router_cannot_name_is_refused(case, config_of):
+    settings, why = OTHER_ROUTERS[case]
+    result = check(config_of("delta_net"), *settings)
+    assert result.exit_code == 2 and why in result.stderr and len(result.stderr.splitlines()) == 1, result.output
+
+
+def test_check_shows_the_router(config_of):
+    shown = check(config_of("titans"), f"{ROUTER}={{kind: topk, granularity: block, blocks: 2}}").stdout
+    table = shown[shown.index("\nrouter") :]
+    for row in ("kind .* topk", "input .* token", "granularity .* block", "blocks .* 2", "hold .* True"):
+        assert re.search(row, table), table
+    assert re.search(r"memory\.router .* groups: 8; levels: surprise; parameters: 144", table), table
+
+
 def test_check_shows_what_of_a_rule_is_not_the_default(config_of):
     """The signal and the rate always."""
     rule = {

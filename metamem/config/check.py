@@ -18,6 +18,7 @@ from metamem.config.schema import (
     CLOCKS,
     OUTER_CLOCKS,
     Config,
+    ConnectionConfig,
     HierarchyConfig,
     LevelConfig,
     NetworkConfig,
@@ -65,12 +66,13 @@ def check_network(network: NetworkConfig) -> None:
         if options["kind"] == "network":
             network_config(options, places / name)
 
-    used = {source for connection in network.connections for source in connection.source}
+    used = {source for connection in network.connections for source in connection.needs}
     targets: dict[str, Where] = {}
     for connection in network.connections:
         where = connection.where
         if connection.by == "feed" and len(connection.source) > 1:
-            raise (where / "by").error("feed takes one source; say how to join them (concat, sum, gate)")
+            raise (where / "by").error("feed takes one source; say how to join them (concat, sum, gate, moe)")
+        _check_mixture(connection)
         if connection.to == "in":
             raise (where / "to").error("'in' is where the graph begins; nothing can lead there")
         if connection.to in targets:
@@ -78,9 +80,10 @@ def check_network(network: NetworkConfig) -> None:
         targets[connection.to] = where
     known = list(dict.fromkeys(["in", *network.modules, *(name for name in targets if name != "out")]))
     for connection in network.connections:
-        for source in connection.source:
+        for source in connection.needs:
             if source not in known:
-                raise (connection.where / "from").unknown(f"there is no module or junction {source!r}", source, known)
+                place = connection.where / ("from" if source in connection.source else "input")
+                raise place.unknown(f"there is no module or junction {source!r}", source, known)
         if connection.to not in used and connection.to not in network.modules and connection.to != "out":
             raise (connection.where / "to").unknown(
                 f"{connection.to!r} is no module, and no connection leads on from it", connection.to, [*known, "out"]
@@ -91,6 +94,18 @@ def check_network(network: NetworkConfig) -> None:
             raise (places / name).error(f"no connection leads {missing} the module {name!r}")
     if "out" not in targets:
         raise (network.where / "connections").error("no connection leads to 'out'")
+
+
+def _check_mixture(connection: ConnectionConfig) -> None:
+    where, count = connection.where, len(connection.source)
+    if connection.by != "moe":
+        for setting in ("input", "k"):
+            if getattr(connection, setting) is not None:
+                raise (where / setting).error(f"is for a mixture of experts: set by to moe, or {setting} to null")
+    elif count < 2:
+        raise (where / "from").error("moe mixes two sources or more: name another, or set by to feed")
+    elif connection.k is not None and connection.k >= count:
+        raise (where / "k").error(f"{connection.k} of {count} sources are all: set k to {count - 1}, or k to null")
 
 
 def check_hierarchy(hierarchy: HierarchyConfig) -> None:
@@ -236,13 +251,11 @@ def _check_routers(level: LevelConfig, path: str, asked: list[str], names: list[
     prefixes = [name.removesuffix("logits") for name in names if name.endswith("router.logits")]
     if not asked or any(all(prefix + name in names for name in asked) for prefix in prefixes):
         return
-    fixed = any(name.endswith("router.gates") for name in names) and not prefixes
-    there = (
-        "a fixed router learns nothing from it: set hierarchy.router.kind to 'static'"
-        if fixed
-        else (f"no router measures its {' and '.join(asked)}: set hierarchy.router, such as {{kind: static}}")
-    )
-    raise level.where.at("objective", path).error(f"{there}, or take the objective out")
+    problem = f"there is no router whose {' and '.join(asked)} it could be of; set hierarchy.router to {{kind: static}}"
+    if not prefixes and any(name.endswith("router.gates") for name in names):
+        problem = "a fixed router learns nothing from it; set hierarchy.router.kind to 'static'"
+        problem += " and hierarchy.router.table to null"
+    raise level.where.at("objective", path).error(problem)
 
 
 def group_members(parameter_names: Iterable[str], hierarchy: HierarchyConfig) -> dict[str, list[str]]:

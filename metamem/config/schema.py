@@ -35,11 +35,22 @@ class Located:
 
 @dataclass(frozen=True)
 class ConnectionConfig(Located):
-    """An edge of a graph: the sources, joined `by` feed, concat, sum or gate, go to a module, `out` or a junction."""
+    """An edge of a graph: the sources, joined `by` feed, concat, sum, gate or moe, go to a module, `out` or a junction.
+
+    A mixture of experts (`moe`) gates its sources by `input`, a module or junction (null: by the sources themselves),
+    all of them or the `k` of the largest gates.
+    """
 
     source: Annotated[list[str], ONE_OR_MORE] = field(metadata={"key": "from"})
     to: str
-    by: Literal["feed", "concat", "sum", "gate"] = "feed"
+    by: Literal["feed", "concat", "sum", "gate", "moe"] = "feed"
+    input: str | None = None
+    k: Count | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """What has to be there before it: the sources, and what gates them."""
+        return [*self.source, self.input] if self.input else self.source
 
 
 @dataclass(frozen=True)

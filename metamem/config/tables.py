@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from metamem.config.schema import Config, LevelConfig, RuleConfig, RunConfig, to_dict
+from metamem.config.schema import Config, LevelConfig, RouterConfig, RuleConfig, RunConfig, to_dict
 
 if TYPE_CHECKING:
     from metamem.hierarchy import Calendar
@@ -127,6 +127,19 @@ def _head(name: str) -> str:
     parts = name.split(".")
     index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return parts[0] if index is None else ".".join(parts[: index + 2])
+
+
+def router_table(router: RouterConfig, routers: Mapping[str, Any]) -> Table:
+    """A router's settings, and what it tells apart in each of the memories, by path, that have one."""
+    table = Table(title="router", title_justify="left", show_header=False)
+    settings = to_dict(router) | {"input": router.source, "hold": router.holds}
+    for key, value in settings.items():
+        if value is not None:
+            table.add_row(key, " ".join(value) if isinstance(value, list) else str(value))
+    for path, one in routers.items():
+        count = sum(parameter.numel() for parameter in one.parameters())
+        table.add_row(path, f"groups: {one.groups}; levels: {', '.join(one.names)}; parameters: {count:,}")
+    return table
 
 
 def schedule_table(config: Config, calendar: Calendar) -> Table:

@@ -71,7 +71,7 @@ def check_router(router: RouterConfig, network: str) -> None:
     if router.granularity == "block" and network not in NETWORKS:
         raise (router.where / "granularity").error(
             f"blocks are of the columns of {' and '.join(NETWORKS)}, and {network} is a module of your own; "
-            f"set granularity to 'layer' or 'head'"
+            f"set granularity to 'layer' and blocks to null"
         )
 
 

@@ -165,6 +165,8 @@ class FastWeights(Memory):
             check_router(router, network)
             shapes = [(weight.shape[-2], weight.shape[-1]) for weight in weights]
             self.router = Router(router, dim, [level.name for level in self.levels], heads, shapes)
+        # What a table closes for good is not run: with one level open, a memory computes what that level's does.
+        self.running = tuple(level for level in self.levels if self.router is None or self.router.opens(level.name))
 
     def init_state(self, batch: int) -> State:
         """The state before the first token: components at zero, weights at W_init."""
@@ -180,8 +182,9 @@ class FastWeights(Memory):
                 "values": init[0].new_zeros(*at, self.network.dims[-1]),
                 "rates": {level.name: init[0].new_zeros(at) for level in self.levels},
             }
-            if (router := self.router) is not None and router.layers * router.blocks > 1:
-                parts = init[0].new_zeros(batch, router.heads, reach, router.layers, router.blocks)
+            if self.router is not None and self.router.splits_heads:
+                heads, *within = self.router.parts
+                parts = init[0].new_zeros(batch, heads, reach, *within)
                 state["past"]["parts"] = {level.name: parts for level in self.levels}
         if self.router is not None and self.router.source == "chunk":
             state["router"] = digest.to_state(digest.fresh(init, batch, self.dim, self.router.groups))
@@ -195,9 +198,9 @@ class FastWeights(Memory):
         if not self.writing:
             state = self.init_state(x.shape[0]) if state is None else state
             return Out(*self.read(x, state), {})
-        if self.router is None and len(pieces := self._pieces(x, state)) > 1:
+        if len(pieces := self._pieces(x, state)) > 1:
             return self._in_pieces(pieces, state)
-        clocks = [self.chunk, *(level.period for level in self.levels)]
+        clocks = [self.chunk, *(level.period for level in self.running)]
         positions = [0] if state is None else known_positions(state["position"], clocks)
         state = self.init_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
@@ -209,8 +212,8 @@ class FastWeights(Memory):
             x = x.to(self.init[0].dtype)  # under autocast, a layer before may give less
             writes, queries = self.writer(x, init[0].dtype), self.reader.query(x, init[0].dtype)
             writes = stepped(self.levels, self.network, writes)
-            components = [from_state(state["levels"][level.name]) for level in self.levels]
-            rest, components = fold(self.levels, init, components)
+            components = [from_state(state["levels"][level.name]) for level in self.running]
+            rest, components = fold(self.running, init, components)
             anchor = in_order(state["anchor"]) if "anchor" in state else None
             past = Past(**state["past"]) if "past" in state else None
             done = routed.run(
@@ -224,10 +227,11 @@ class FastWeights(Memory):
                 self.router,
                 digest.from_state(state["router"]) if "router" in state else None,
             )
-            carry, components = done.carry, unfold(self.levels, init, done.carry.components)
+            carry, components = done.carry, unfold(self.running, init, done.carry.components)
             after: State = {"position": state["position"] + x.shape[1]}
-            named = zip(self.levels, components, strict=True)
-            after["levels"] = {level.name: to_state(level, component) for level, component in named}
+            named = zip(self.running, components, strict=True)
+            moved = {level.name: to_state(level, component) for level, component in named}
+            after["levels"] = {**state["levels"], **moved}
             if carry.anchor is not None and self.signal_at == "chunk":
                 after["anchor"] = by_layer(carry.anchor)
             if carry.past is not None:
@@ -295,7 +299,7 @@ class FastWeights(Memory):
         if any(level.signal == "predicted_targets" for level in self.levels):
             feedback = [matrix.to(dtype) for matrix in self.feedback]
         return Learner(
-            network, self.levels, self.chunk, self.signal_at, self.in_turn, init, feedback, self.compile_chunk
+            network, self.running, self.chunk, self.signal_at, self.in_turn, init, feedback, self.compile_chunk
         )
 
     def _executor(self) -> Executor:
@@ -310,5 +314,5 @@ class FastWeights(Memory):
         return delta_rule.run if self.signal_at != "chunk" and linear else chunkwise.run
 
     def _schedule(self, positions: Sequence[int], tokens: int) -> list[Run]:
-        periods = {level.name: level.period for level in self.levels if level.period > 1}
+        periods = {level.name: level.period for level in self.running if level.period > 1}
         return schedule(positions, tokens, self.chunk, periods)
