@@ -280,6 +280,38 @@ def _check_episodes(path: Path, overrides: list[str] | None) -> None:
 
 @app.command()
 @user_errors
+def trace(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the PNGs go; the run's if not said.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the sequence; those of training if not said.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sequence that the task draws.")] = 0,
+) -> None:
+    """Draw what a trained model's slot memories do with one sequence of its task, a PNG of heat maps a memory."""
+    register_shipped()
+    import torch
+
+    from metamem.analysis.slot_trace import trace_figure, traces
+    from metamem.training import build_task, load_run
+
+    folder = run if output is None else output
+    check_writable(folder / "trace.png")
+    model, config = load_run(run)
+    generator = torch.Generator().manual_seed(seed)
+    inputs, _ = build_task(config).sample(generator, 1, length or config.training.length)
+    found = traces(model.eval(), inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    for memory, values in found.items():
+        path = folder / f"trace-{memory}.png"
+        trace_figure(values, path, f"{config.name}: {memory}, {inputs.shape[1]} tokens")
+        typer.echo(str(path))
+
+
+@app.command()
+@user_errors
 def schema() -> None:
     """Print a JSON Schema of the config, for editors, with the options of everything registered."""
     register_shipped()

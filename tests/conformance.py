@@ -32,7 +32,21 @@ from metamem.memory.gated_residual import GatedResidual
 from metamem.memory.level import TokenLevel
 from metamem.memory.mnm import MNM
 from metamem.memory.signals import Objective, Signal
-from metamem.memory.slots import DNC, NTM, DenseOptions, NTMOptions
+from metamem.memory.slots import (
+    DNC,
+    NTM,
+    SAM,
+    SDNC,
+    DenseOptions,
+    Episodic,
+    EpisodicOptions,
+    KeyValue,
+    NTMOptions,
+    ReadOptions,
+    SDNCOptions,
+    SparseOptions,
+    Window,
+)
 from metamem.network import Network
 from metamem.state import State, flatten, leaves, load_state, save_state, state_bytes
 
@@ -84,6 +98,7 @@ def mnm(signal: Signal) -> MNM:
 # Slots have no objective of their own; what a read moves, its heads, is state that the write before it has not.
 SLOTS_EXEMPT = frozenset({"descent", "write_then_read"})
 SIZES: dict[str, Any] = {"slots": 6, "word": 5, "dim_out": DIM}
+SPARSE: dict[str, Any] = {**SIZES, "slots": 12, "k": 3, "pass_through": True}  # all slots in use before the end
 # A token moves MNM's controller: the same token is another key the next time, and a read after a write a step more.
 MNM_EXEMPT = frozenset({"descent", "write_then_read"})
 LEARNED = {"momentum": "learned", "forget": "learned"}
@@ -158,6 +173,11 @@ MEMORIES = {
     "dnc-learned-start": Entry(
         lambda: DNC(DIM, DenseOptions(**SIZES, initial="learned", normalisation="layer")), SLOTS_EXEMPT
     ),
+    "sam": Entry(lambda: SAM(DIM, SparseOptions(**SPARSE, write_heads=2)), SLOTS_EXEMPT),
+    "sdnc": Entry(lambda: SDNC(DIM, SDNCOptions(**SPARSE, write_heads=2, links=4)), SLOTS_EXEMPT),
+    "episodic": Entry(lambda: Episodic(DIM, EpisodicOptions(**{**SPARSE, "slots": 16, "k": 16})), SLOTS_EXEMPT),
+    "key-value": Entry(lambda: KeyValue(DIM, DenseOptions(**SIZES, initial="random")), SLOTS_EXEMPT),
+    "window": Entry(lambda: Window(DIM, ReadOptions(**SIZES)), SLOTS_EXEMPT),
     "ntm": Entry(lambda: NTM(DIM, NTMOptions(**SIZES, write_heads=2)), SLOTS_EXEMPT),
 }
 CONTROLLED = frozenset({"descent", "write_then_read"})  # as MNM's, and a cell measures by its memories' names

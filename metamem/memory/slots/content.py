@@ -42,6 +42,12 @@ def similarity(memory: Slots, keys: Keys) -> Weights:
     return torch.bmm(keys, memory.mT) / (lengths + EPSILON)
 
 
+def similarity_of(rows: Float[Tensor, "batch heads k word"], keys: Keys) -> Float[Tensor, "batch heads k"]:
+    """The cosine of every key with rows of its own."""
+    lengths = norm(keys).unsqueeze(-1) * norm(rows)
+    return (rows @ keys.unsqueeze(-1)).squeeze(-1) / (lengths + EPSILON)
+
+
 def content_weights(
     memory: Slots, keys: Keys, strengths: Float[Tensor, "batch heads"] | float, top_k: int | None = None
 ) -> Weights:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metamem.memory.slots.content import SHARPNESS
-from metamem.memory.slots.options import SlotOptions
+from metamem.memory.slots.options import ReadOptions, SlotOptions
 
 Shapes = Mapping[str, tuple[int, ...]]  # part -> its shape: (heads, word) of keys, (heads,) of numbers
 Parts = dict[str, Tensor]
@@ -39,12 +39,12 @@ def parts_of(vectors: Float[Tensor, "batch size"], shapes: Shapes) -> Parts:
     }
 
 
-def strength_shapes(options: SlotOptions, heads: int) -> Shapes:
+def strength_shapes(options: ReadOptions, heads: int) -> Shapes:
     """β of each head, where it is learned."""
     return {"strengths": (heads,)} if isinstance(options.sharpness, str) else {}
 
 
-def strengths(options: SlotOptions, parts: Parts, heads: slice) -> Float[Tensor, "batch heads"] | float:
+def strengths(options: ReadOptions, parts: Parts, heads: slice) -> Float[Tensor, "batch heads"] | float:
     """β of some heads: learned, or the constant."""
     if isinstance(options.sharpness, str):
         return SHARPNESS[options.sharpness](parts["strengths"][:, heads])

@@ -13,15 +13,12 @@ Initial = Literal["zeros", "constant", "random", "learned"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotOptions:
-    """Settings of every memory of slots that heads write and read.
+class ReadOptions:
+    """Settings of every memory of slots that heads read.
 
     - `slots`, `word`   how many slots, and how many numbers each holds
-    - `read_heads`, `write_heads`   how many reads and writes a token makes
+    - `read_heads`   how many reads a token makes
     - `dim_out`   width of the read-out, a linear map of all reads; null: the reads themselves, side by side
-    - `erase`   a write erases before it adds; off: it only adds
-    - `gating`   the write gate (NTM: the gate between content and the last weights); off: it is 1
-    - `gate`   what makes gates of numbers: `sigmoid`, `steep_sigmoid` (σ(5x)), `hard` (0 or 1, straight-through)
     - `sharpness`   β of content addressing: learned, through `softplus` (released DNC) or `oneplus` (the paper), or a
                     constant for every head and token
     - `normalisation`   of each head's read: `none`, `layer` (LayerNorm), `rms` (RMSNorm)
@@ -34,11 +31,7 @@ class SlotOptions:
     slots: int = 64
     word: int = 16
     read_heads: int = 2
-    write_heads: int = 1
     dim_out: int | None = None
-    erase: bool = True
-    gating: bool = True
-    gate: Gate = "sigmoid"
     sharpness: Sharpness | float = "softplus"
     normalisation: Normalisation = "none"
     dropout: float = 0.0
@@ -47,14 +40,10 @@ class SlotOptions:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("slots", "word", "read_heads", "write_heads")}
-        if min(sizes.values()) < 1 or (self.dim_out is not None and self.dim_out < 1):
-            raise ValueError(f"slots, word, heads and dim_out must be at least 1, not {sizes}, dim_out {self.dim_out}")
-        if self.writes > self.slots:
-            raise ValueError(
-                f"a token writes {self.writes} slots, and there are {self.slots}; set slots to {self.writes} or more, "
-                f"or fewer heads"
-            )
+        sizes = {name: getattr(self, name) for name in ("slots", "word", "read_heads", "dim_out")}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
         if not isinstance(self.sharpness, str) and self.sharpness < 0:
             raise ValueError(f"sharpness must be softplus, oneplus, or a number of at least 0, not {self.sharpness}")
         if not 0 <= self.dropout < 1:
@@ -62,10 +51,44 @@ class SlotOptions:
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be above 0, or null for none, not {self.clip}")
 
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(ReadOptions):
+    """Settings of a memory with write heads.
+
+    - `write_heads`   how many writes a token makes
+    - `gating`   the write gate (NTM: the gate between content and the last weights); off: it is 1
+    - `gate`   what makes gates of numbers: `sigmoid`, `steep_sigmoid` (σ(5x)), `hard` (0 or 1, straight-through)
+    """
+
+    write_heads: int = 1
+    gating: bool = True
+    gate: Gate = "sigmoid"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.write_heads < 1:
+            raise ValueError(f"write_heads must be at least 1, not {self.write_heads}")
+        if self.writes > self.slots:
+            raise ValueError(
+                f"a token writes {self.writes} slots, and there are {self.slots}; set slots to {self.writes} or more, "
+                f"or fewer heads"
+            )
+
     @property
     def writes(self) -> int:
         """How many slots a token writes at most, each of them in full."""
         return self.write_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotOptions(WriteOptions):
+    """Settings of a memory whose write heads erase and add.
+
+    - `erase`   a write erases before it adds; off: it only adds
+    """
+
+    erase: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,13 @@ from torch.nn import functional
 
 from metamem.memory.base import Memory, Out
 from metamem.memory.slots.interface import Interface, Shapes
-from metamem.memory.slots.options import DenseOptions, Initial, SlotOptions
+from metamem.memory.slots.options import DenseOptions, Initial, ReadOptions
 from metamem.state import State, leaves
 
 Vectors = Float[Tensor, "batch size"]
 Reads = Float[Tensor, "batch heads word"]
 
+OPENED = "before"  # in a state that is open: the one that it was opened from
 CONSTANT = 1e-6  # of a memory that starts nearly empty: its words have a direction, as zeros have none
 
 
@@ -66,7 +67,7 @@ def _compiled() -> Callable[..., tuple[Reads | None, State]]:
 class SlotMemory(Memory):
     """What all kinds share. `fresh` gives a kind's state for a batch."""
 
-    def __init__(self, dim: int, options: SlotOptions, rule: Rule) -> None:
+    def __init__(self, dim: int, options: ReadOptions, rule: Rule) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, not {dim}")
@@ -105,12 +106,13 @@ class SlotMemory(Memory):
         return out.y, out.state
 
     def step(self, x: Float[Tensor, "batch dim_in"], state: State | None = None) -> Out:
-        """One token: written, then read."""
+        """One token: written, then read; as it is within `open` and `close`, else between them."""
         state = self._state(x, state)
+        now = state if OPENED in state else self.open(state, 1)
         with _full_precision(x):
             vectors = self.interface(x.to(self._dtype()))
-            reads, after = self._token()(self.rule, vectors, state, self.writing, True)
-            return Out(self._read_out(reads, x), after, self._traced(after))
+            reads, after = self._token()(self.rule, vectors, now, self.writing, True)
+            return Out(self._read_out(reads, x), after if OPENED in state else self.close(after), self._traced(after))
 
     def _run(self, x: Tensor, state: State | None, writing: bool, reading: bool) -> Out:
         state = self.open(self._state(x, state), x.shape[1])
