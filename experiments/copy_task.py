@@ -31,7 +31,7 @@ from metamem.analysis.results import Result
 SOLVED = 0.01  # bits per sequence
 BATCH = 16
 OBJECTIVE = "hierarchy.levels.task.objective={losses.outer.bits: 1.0}"
-SLOTS = ("dnc", "ntm")  # presets whose number of slots a config says
+SLOTS = ("dnc", "ntm", "sam", "sdnc")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ ROWS = {
     for row in (
         Row("DNC", "dnc", controlled=True, overrides=("vars.memory.read_heads=1",)),
         Row("NTM", "ntm", controlled=True, overrides=("vars.memory.read_heads=1",)),
+        Row("SAM", "sam", controlled=True, overrides=("vars.memory.read_heads=1",)),
+        Row("SDNC", "sdnc", controlled=True, overrides=("vars.memory.read_heads=1",)),
         Row("MNM-g", "mnm_g"),
         Row("LSTM", "lstm", overrides=("vars.memory.hidden=256",)),
     )

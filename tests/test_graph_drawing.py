@@ -152,6 +152,12 @@ def test_a_concatenation_before_a_module_is_a_node_with_the_sum_of_widths():
     assert Edge("controller concat", "controller", 64) in graph.edges
 
 
+def test_a_mixture_is_fed_by_its_sources_and_by_what_weighs_them():
+    graph = drawn("wiring/mixture", "vars.dim=16")
+    assert graph.nodes["mixed"].kind == "mixture"
+    assert {edge.source for edge in graph.edges if edge.target == "mixed"} == {"weights", "slots", "norm"}
+
+
 # Drawings
 
 

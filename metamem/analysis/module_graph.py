@@ -67,7 +67,7 @@ def _(module: Network, drawn: Graph) -> Graph:
         drawn.add(name, graph_of(name, getattr(module, name)))
     for step in module.steps:
         target = step.to
-        if len(_needs(step)) > 1:
+        if len(step.needs) > 1:
             sign = SIGNS[step.by]
             target = drawn.add(f"{step.to} {step.by}", Graph("" if step.to in drawn.nodes else step.to, sign))
             if step.to in drawn.nodes:
@@ -77,7 +77,7 @@ def _(module: Network, drawn: Graph) -> Graph:
                 target = step.to
         elif step.to not in drawn.nodes:
             drawn.add(step.to, Graph(step.to, ""))
-        for source in _needs(step):
+        for source in step.needs:
             drawn.link(source, target, module.dims[source])
     return drawn
 
@@ -141,7 +141,3 @@ def ends(drawn: Graph) -> None:
     """What goes in and comes out."""
     drawn.add("in", Graph("in", ""))
     drawn.add("out", Graph("out", ""))
-
-
-def _needs(step: Any) -> list[str]:
-    return getattr(step, "needs", step.source)
