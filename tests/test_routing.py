@@ -2,17 +2,13 @@
 
 import functools
 import itertools
-import math
 
 import pytest
 import torch
 from conformance import close, gradients, tensors
-from small_models import TOKEN_LEVEL, recurrent, shaken
 from torch.func import functional_call
 
-from losses.outer import next_token, router_balance, router_z, update_budget
 from losses.recall import cosine, mse
-from metamem import OuterLevels, gating
 from metamem.config import RouterConfig
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
@@ -311,51 +307,7 @@ def test_the_routers_gradient_is_that_of_finite_differences(kind, granularity):
     assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
 
 
-# Straight through, in expectation
-
-
-def multilinear(gates, coefficients):
-    """Σ over subsets of choices, one of each group, c · Π m: what a gradient's expectation goes through exactly."""
-    total = coefficients
-    for of_group in gates:
-        total = torch.tensordot(of_group, total, 1)
-    return total
-
-
-def test_in_expectation_a_straight_through_gradient_is_that_of_dense_gates():
-    """Of one choice a group, drawn by its softmax: E[ST gradient] = ∂/∂z f(softmax z), f multilinear; all draws."""
-    logits, coefficients = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, 4)
-    weights = gating.dense(logits)
-    (dense,) = torch.autograd.grad(multilinear(weights, coefficients), logits, retain_graph=True)
-    mean = torch.zeros_like(logits)
-    for drawn in itertools.product(range(4), repeat=3):
-        hard = torch.nn.functional.one_hot(torch.tensor(drawn), 4).to(logits)
-        gates = gating.straight_through(hard, weights)
-        assert torch.equal(gates, hard)
-        (slope,) = torch.autograd.grad(multilinear(gates, coefficients), logits, retain_graph=True)
-        mean += (hard * weights).sum(-1).prod().detach() * slope
-    torch.testing.assert_close(mean, dense)
-
-
-def test_in_expectation_a_binary_gradient_is_that_of_the_probability_to_be_open():
-    """Under noise u, uniform on (−½, ½), a gate is open with probability p = z + ½: E[ST gradient of f(z + u)] =
-    ∂/∂z f(p), f multilinear; all draws."""
-    logits, coefficients = (torch.rand(3) - 0.5).requires_grad_(), torch.randn(2, 2, 2)
-
-    def function(opened):
-        return multilinear(torch.stack([1 - opened, opened], -1), coefficients)
-
-    (dense,) = torch.autograd.grad(function(logits + 0.5), logits)
-    mean = torch.zeros_like(logits)
-    for drawn in itertools.product([0.0, 1.0], repeat=3):
-        hard = torch.tensor(drawn)
-        noise = (hard - 0.5) * 1e-3 - logits.detach()  # any that draws these: the gradient sees none of it
-        gates = gating.binary(logits + noise)
-        assert torch.equal(gates, hard)
-        (slope,) = torch.autograd.grad(function(gates), logits)
-        chance = torch.where(hard > 0, logits + 0.5, 0.5 - logits).prod().detach()
-        mean += chance * slope
-    torch.testing.assert_close(mean, dense)
+# Straight through
 
 
 @pytest.mark.parametrize("kind", ["topk", "top2"])
@@ -370,25 +322,6 @@ def test_the_mean_top_k_gradient_of_a_memory_points_where_that_of_dense_gates_do
         loss = (memory(x).y - target).square().mean()
         means.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(memory.router.parameters()))]))
     assert torch.nn.functional.cosine_similarity(*means, dim=0) > {"topk": 0.6, "top2": 0.8}[kind]
-
-
-@pytest.mark.parametrize("shape", [(4,), (2, 3, 4)])
-def test_a_top_1_gate_is_its_softmax_and_not_one(shape):
-    """Renormalised it would be constant, and its gradient zero. Of equal logits the first is open."""
-    logits = torch.randn(shape, requires_grad=True)
-    gates = gating.top_k(logits, 1)
-    weights = torch.softmax(logits, -1)
-    torch.testing.assert_close(gates.sum(-1), weights.amax(-1))
-    assert ((gates > 0).sum(-1) == 1).all()
-    assert torch.autograd.grad(gates.square().sum(), logits)[0].abs().max() > 0
-    assert torch.equal(gating.top_k(torch.zeros(shape), 2)[..., :2], torch.full((*shape[:-1], 2), 0.25))
-
-
-def test_a_binary_gate_is_open_at_zero_and_its_gradient_whole_everywhere():
-    logits = torch.tensor([-2.0, -1e-9, 0.0, 1e-9, 2.0], requires_grad=True)
-    gates = gating.binary(logits)
-    assert gates.tolist() == [0, 0, 1, 1, 1]
-    assert torch.autograd.grad((gates * torch.arange(5.0)).sum(), logits)[0].tolist() == [0, 1, 2, 3, 4]
 
 
 # Tables, and hold
@@ -448,7 +381,7 @@ def test_what_holds_never_moves(kind, memory):
     assert moved > 1e-6
 
 
-# What is measured, and objectives of it
+# What is measured
 
 
 def test_what_a_router_measures():
@@ -474,59 +407,3 @@ def test_the_logits_of_a_binary_gate_are_those_of_open_and_closed():
     torch.testing.assert_close(aux["router.logits"], torch.cat([z / 2, -z / 2], -1))
     p = torch.sigmoid(z.squeeze(-1))
     torch.testing.assert_close(aux["router.entropy"], -(p * p.log() + (1 - p) * (1 - p).log()).mean(-1))
-
-
-def test_objectives_of_routers_are_their_formulas():
-    torch.manual_seed(2)
-    gates, logits, costs = torch.rand(3, 5, 4, 2), torch.randn(3, 5, 4, 3), torch.rand(4, 2).expand(3, 5, 4, 2)
-    importance = [sum(gates[..., level].flatten().tolist()) for level in range(2)]
-    mean = sum(importance) / 2
-    variation = sum((one - mean) ** 2 for one in importance) / 2 / mean**2
-    assert router_balance(gates).item() == pytest.approx(variation)
-    shares = [one / sum(importance) for one in importance]
-    assert router_balance(gates).item() == pytest.approx(2 * sum(share**2 for share in shares) - 1)
-    assert router_balance(torch.ones(7, 4, 3)).item() == pytest.approx(0)
-    assert router_balance(torch.eye(3)[:1].expand(7, 4, 3)).item() == pytest.approx(2)
-    assert router_balance(torch.zeros(7, 4, 3)).item() == 0
-    z = [math.log(sum(math.exp(one) for one in case)) ** 2 for case in logits.flatten(0, 2).tolist()]
-    assert router_z(logits).item() == pytest.approx(sum(z) / len(z))
-    moved = [
-        sum(g * c for g, c in zip(gates[b, t].flatten().tolist(), costs[b, t].flatten().tolist(), strict=True))
-        for b in range(3)
-        for t in range(5)
-    ]
-    assert update_budget(gates, costs).item() == pytest.approx(sum(moved) / 15)
-    for objective, of in ((router_balance, [gates]), (router_z, [logits]), (update_budget, [gates, costs])):
-        assert torch.autograd.gradcheck(objective, [one.clone().requires_grad_() for one in of])
-
-
-ROUTED = "hierarchy.router={kind: topk, granularity: head}"
-SECOND = TOKEN_LEVEL.replace("surprise, clock: token", "second, clock: token, period: 2")
-OBJECTIVES = {
-    "router_balance": lambda aux: router_balance(aux["gates"]),
-    "router_z": lambda aux: router_z(aux["logits"]),
-    "update_budget": lambda aux: update_budget(aux["gates"], aux["costs"]),
-}
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_step_level_adds_an_objective_of_routers(name):
-    """By its dotted path, with its weight: the loss, and every gradient."""
-    key = "hierarchy.levels.task.objective"
-    config = recurrent(SECOND, f"{key}={{losses.outer.next_token: 1.0, losses.outer.{name}: 0.3}}", ROUTED)
-    model, reference = shaken(config), shaken(config)
-    inputs, targets = torch.randint(7, (2, 3, 9))
-    out = model(inputs)
-    values = OuterLevels(config, model).backward(lambda objectives: next_token(out.y, targets).mean(), out.aux)
-    y, _, aux = reference(inputs)
-    aux = {name.removeprefix("memory.router."): value for name, value in aux.items()}
-    expected = next_token(y, targets).mean() + 0.3 * OBJECTIVES[name](aux)
-    assert values == pytest.approx({"task": expected.item()})
-    slopes = torch.autograd.grad(expected, list(reference.parameters()), retain_graph=True)
-    (without,) = torch.autograd.grad(next_token(y, targets).mean(), [reference.memory.router.bias])
-    levels = OuterLevels(config, model)
-    levels.backward(lambda objectives: next_token(model(inputs).y, targets).mean(), model(inputs).aux)
-    gathered = dict(zip([id(p) for p in levels.parameters["task"]], levels.gathered["task"].sums, strict=True))
-    for (key, parameter), slope in zip(model.named_parameters(), slopes, strict=True):
-        torch.testing.assert_close(gathered[id(parameter)], slope, msg=lambda text, key=key: f"{key}: {text}")
-    assert not torch.allclose(gathered[id(model.memory.router.bias)], without, rtol=1e-9, atol=0)
