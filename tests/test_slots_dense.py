@@ -290,7 +290,7 @@ OF_READ_OUT = [
 
 
 @pytest.mark.parametrize("kind", ["dnc", "ntm"])
-@pytest.mark.parametrize(("option", "check"), OF_READ_OUT, ids=lambda part: str(part)[:40])
+@pytest.mark.parametrize(("option", "check"), OF_READ_OUT, ids=lambda part: getattr(part, "__name__", str(part))[:40])
 def test_an_option_of_the_read_out_changes_no_state(kind, option, check):
     one, other = map(run, both(kind, option))
     assert states(one, other) == set()
