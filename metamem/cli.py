@@ -220,12 +220,12 @@ def check(
     graph: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the network, as .svg, .png or .pdf.")] = None,
 ) -> None:
     """Print the network, the hierarchy and the schedule that a config resolves to. Writes nothing but drawings."""
+    for drawing in filter(None, (diagram, graph)):
+        check_drawable(drawing)
     if is_episodes(config):
         if diagram is not None or graph is not None:
             raise UserError(f"{config}: no drawing is made of a meta-training over tasks")
         return _check_episodes(config, overrides)
-    for drawing in filter(None, (diagram, graph)):
-        check_drawable(drawing)
     resolved = load_checked(config, overrides)
     from metamem.config import tables
     from metamem.hierarchy import calendar_of, inner_loop

@@ -177,7 +177,7 @@ MEMORIES = {
     "sdnc": Entry(lambda: SDNC(DIM, SDNCOptions(**SPARSE, write_heads=2, links=4)), SLOTS_EXEMPT),
     "episodic": Entry(lambda: Episodic(DIM, EpisodicOptions(**{**SPARSE, "slots": 16, "k": 16})), SLOTS_EXEMPT),
     "key-value": Entry(lambda: KeyValue(DIM, DenseOptions(**SIZES, initial="random")), SLOTS_EXEMPT),
-    "window": Entry(lambda: Window(DIM, ReadOptions(**SIZES)), SLOTS_EXEMPT),
+    "window": Entry(lambda: Window(DIM, ReadOptions(**{**SIZES, "slots": 16})), SLOTS_EXEMPT),
     "ntm": Entry(lambda: NTM(DIM, NTMOptions(**SIZES, write_heads=2)), SLOTS_EXEMPT),
 }
 CONTROLLED = frozenset({"descent", "write_then_read"})  # as MNM's, and a cell measures by its memories' names

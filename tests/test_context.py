@@ -83,7 +83,7 @@ def test_a_session_with_it_is_saved_in_mid_segment_and_goes_on(tmp_path):
         (dict(options="heads: 2, persistent: -1"), "persistent must be a number of tokens, not -1"),
         (dict(options="heads: 4"), "dim 6 over 4 heads must give each an even number of features"),
         (dict(memory=MEMORY.replace("6", "8")), "the memory takes dim 8 and gives 8, and tokens here have 6"),
-        (dict(memory="{kind: mlp, dim: 6}"), "memory.memory.kind: 'mlp' is no Memory (fast_weights, memory_as_context"),
+        (dict(memory="{kind: mlp, dim: 6}"), "memory.memory.kind: 'mlp' is no Memory (dnc, episodic, fast_weights"),
         (
             dict(memory=MEMORY.replace("heads: 2", "heads: x")),
             "network.modules.memory.memory.heads: expected an integer",

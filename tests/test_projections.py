@@ -88,7 +88,7 @@ def test_a_gate_of_tokens_that_start_where_static_ones_do_is_the_same_memory():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"dim": 9}, r"3 \+ 3 \+ 2 × 2 features, not 9; set dim to 10, or projections to 'learned'"),
+        ({"dim": 9}, r"3 \+ 3 \+ 2 × 2 features, not 9; set projections to 'learned', or make it 10"),
         ({"readers": 2}, "one key and one query a token, not 1 and 2; set writers to 1 and readers to 1"),
     ],
 )

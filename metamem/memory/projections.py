@@ -39,5 +39,5 @@ def check(projections: str, dim: int, heads: int, d_key: int, d_value: int, writ
     if dim != (needed := 2 * d_key + heads * d_value):
         raise ValueError(
             f"without projections the input is [query, key, value], {d_key} + {d_key} + {heads} × {d_value} features, "
-            f"not {dim}; set dim to {needed}, or projections to 'learned'"
+            f"not {dim}; set projections to 'learned', or make it {needed}"
         )

@@ -53,7 +53,8 @@ def check(level: TokenLevel, to_linear: str) -> None:
     if to_linear:
         problem, instead = "for linear memories", f"{instead}, or {to_linear}"
     elif level.signal == "hebbian":
-        problem, instead = "for squared errors, and a hebbian signal is none", f"{instead}, or signal to 'backprop'"
+        problem = "for squared errors, and a hebbian signal is none"
+        instead += ", or signal to 'backprop' and objective to {losses.recall.mse: 1.0}"
     elif level.signal == "backprop" and squared_error(level.objectives) is None:
         problem = "for squared errors"
         instead += ", or objective to {losses.recall.mse: 1.0}"
