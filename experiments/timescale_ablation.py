@@ -217,6 +217,8 @@ def figure(rows: Sequence[Result], path: Path) -> None:
         draw_periods(by_period, rows)
         draw_learners(by_learner, rows)
         draw_gates(gates, learner(rows, ROUTED))
+        if (seeds := len({row.seed for row in rows})) > 1:
+            drawing.supxlabel(f"bands and bars: 95 % intervals of the mean over {seeds} seeds", fontsize=8)
         path.write_bytes(png(drawing))
         pyplot.close(drawing)
 
@@ -256,6 +258,7 @@ def draw_learners(axis: Any, rows: Sequence[Result]) -> None:
         ratio = metric(cells, "ratio")
         axis.errorbar(ratio.mean, place, xerr=np.nan_to_num(ratio.reach), color="black", capsize=2, linewidth=1)
     axis.axvline(BOUND, color="black", linewidth=1, linestyle="--", label=f"bound, {BOUND:g}")
+    axis.set_axisbelow(True)
     axis.set_yticks(range(len(present)), [family for family, _ in present])
     axis.invert_yaxis()
     axis.set_xlim(1.0, 1.0 + 1.35 * (axis.get_xlim()[1] - 1.0))  # room for the legend
@@ -314,7 +317,7 @@ def main() -> int:
         rows = run_ablation(plan, (chosen.resume or study.folder) / "ablation", chosen.workers, show)
     for row in rows:
         if row.status != "done":
-            print(f"{row.cell}, seed {row.seed}: {row.status}: {row.message}")
+            print(f"{row.cell}, seed {row.seed}: {row.status}" + (f": {row.message}" if row.status == "failed" else ""))
     tables(study, rows)
     figure(rows, study.folder / "timescales.png")
     return study.verdict(claims(rows))
