@@ -48,9 +48,9 @@ for key, expected in results[0].items():
     ("memory", "backend", "length"),
     [
         pytest.param("delta-two-levels", "aot_eager", 11, id="delta-two-levels-graph"),
-        pytest.param("titans-like", "inductor", 4, id="titans-like-inductor"),
+        pytest.param("titans-like", "inductor", 4, id="titans-like-inductor", marks=pytest.mark.slow),
         pytest.param("context-titans", "aot_eager", 11, id="context-titans-graph", marks=pytest.mark.slow),
-        pytest.param("routed-blocks", "aot_eager", 11, id="routed-blocks-graph"),
+        pytest.param("routed-blocks", "aot_eager", 11, id="routed-blocks-graph", marks=pytest.mark.slow),
         pytest.param("routed-layers", "aot_eager", 8, id="routed-layers-graph", marks=pytest.mark.slow),
         pytest.param("mnm-g", "aot_eager", 3, id="mnm-g-graph"),
         pytest.param("mnm-p", "inductor", 3, id="mnm-p-inductor", marks=pytest.mark.slow),
