@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import metamem.cli as cli
 from metamem import UserError, train
 from metamem.analysis.ablation import PLAN
-from metamem.analysis.groups import read_source
+from metamem.analysis.figures import numeric_factors, quality
+from metamem.analysis.groups import Group, read_source
 from metamem.analysis.report import FIGURES, REPORT, write_report
 from metamem.analysis.results import RESULTS, Result
 from metamem.analysis.statistics import interval, t_quantile
@@ -296,3 +297,21 @@ def test_a_browser_opens_the_page_without_an_error_or_a_request(report, tmp_path
     (tmp_path / "asking.html").write_text(text)
     logged, _ = console(tmp_path / "asking.html", tmp_path / "asking.png")
     assert any("Content Security Policy" in line for line in logged)
+
+
+def test_a_factor_that_goes_with_another_parts_no_line():
+    """As rates set for each period; those of a grid do."""
+
+    def group(family, period, rate):
+        row = Result(f"{family}-{period}-{rate}", family, {}, {}, 0, "", "done", {"error": period + rate, "none": None})
+        return Group(row.cell, family, {"level.period": period, "level.lr": rate}, (row,))
+
+    together = [group("tuned", period, 1 / period) for period in (1, 4, 16)]
+    assert numeric_factors(together) == ["level.period"]
+    figure = quality(together, ["error", "none"], "level.period")
+    assert {row["line"] for row in figure.table} == {"tuned"} and len(figure.table) == 3
+    assert [axis.get_ylabel() for axis in figure.drawing.axes] == ["error"]
+    grid = [group("grid", period, rate) for period in (1, 4) for rate in (0.1, 0.2)]
+    assert numeric_factors(grid) == ["level.period", "level.lr"]
+    assert {row["line"] for row in quality(grid, ["error"], "level.period").table} == {"grid lr=0.1", "grid lr=0.2"}
+    assert numeric_factors([*grid, *together]) == ["level.period", "level.lr"]

@@ -7,7 +7,7 @@ where the rows have nothing to draw. Bands and bars are 95 % intervals of the me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,15 +42,18 @@ class Figure:
 
 
 def numeric_factors(groups: Sequence[Group]) -> list[str]:
-    """The factors that are numbers, and of which some family has several."""
+    """The factors that are numbers, and of which some family has several; not one that goes with another before it."""
     keys = dict.fromkeys(key for group in groups for key, value in group.factors.items() if _is_number(value))
-    return [key for key in keys if any(len({x for x, _ in line}) > 1 for line in _lines(groups, key).values())]
+    several = [key for key in keys if any(len({x for x, _ in line}) > 1 for line in _lines(groups, key).values())]
+    return [key for i, key in enumerate(several) if not any(_follows(groups, key, other) for other in several[:i])]
 
 
 def quality(groups: Sequence[Group], metrics: Sequence[str], factor: str) -> Figure:
     """The metrics against a factor, a line for each family and value of its other factors."""
     short = short_names([factor])[factor]
     lines = {name: line for name, line in _lines(groups, factor).items() if len(line) > 1}
+    shown = [group for line in lines.values() for _, group in line]
+    metrics = [name for name in metrics if any(group.metric(name).count for group in shown)] or metrics[:1]
     table = []
     with panels(len(metrics), sharex=True) as (drawing, axes):
         for axis, metric in zip(axes, metrics, strict=True):
@@ -186,12 +189,30 @@ def learning(groups: Sequence[Group]) -> Figure | None:
 
 
 def _lines(groups: Sequence[Group], factor: str) -> dict[str, list[tuple[float, Group]]]:
-    """Family, with the values of its other factors -> (value, group), in the order of the value."""
+    """Family, with the values of its other factors -> (value, group), in the order of the value. A factor that goes
+    with this one, a value of its own for each, names no line."""
     lines: dict[str, list[tuple[float, Group]]] = {}
     for group in groups:
         if group.done and _is_number(group.factors.get(factor)):
-            lines.setdefault(group.family + _without(group, factor, " "), []).append((group.factors[factor], group))
+            own = [one for one in groups if one.family == group.family and factor in one.factors]
+            kept = {key: value for key, value in group.factors.items() if not _goes_with(own, key, factor)}
+            name = group.family + _without(replace(group, factors=kept), factor, " ")
+            lines.setdefault(name, []).append((group.factors[factor], group))
     return {name: sorted(line, key=lambda point: point[0]) for name, line in lines.items()}
+
+
+def _follows(groups: Sequence[Group], other: str, factor: str) -> bool:
+    """Whether a factor goes with another in every family that has it."""
+    families = {group.family for group in groups if other in group.factors}
+    members = [[one for one in groups if one.family == family] for family in families]
+    return all(factor in own[0].factors and _goes_with(own, other, factor) for own in members)
+
+
+def _goes_with(groups: Sequence[Group], other: str, factor: str) -> bool:
+    """Whether a factor varies, and has one value for each value of another."""
+    pairs = {(value_text(group.factors[factor]), value_text(group.factors.get(other))) for group in groups}
+    values = {value for value, _ in pairs}
+    return other != factor and len(pairs) == len(values) and len({value for _, value in pairs}) > 1
 
 
 def _without(group: Group, factor: str, before: str = "") -> str:
