@@ -21,7 +21,7 @@ help:
 	@echo "make clean          remove .venv and caches (runs/ stays)"
 
 # torch comes first and alone, so that no other package's requirement chooses its build.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): Makefile pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "metamem needs Python 3.11 or newer; found %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	@echo "Setting up .venv; this takes a few minutes the first time."
 	$(PYTHON) -m venv .venv
