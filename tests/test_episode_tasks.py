@@ -161,7 +161,7 @@ def test_the_installed_font_is_read():
 
 
 def test_temperatures_are_hours_in_a_row():
-    pytest.importorskip("vega_datasets", reason="needs the extra few_shot")
+    pytest.importorskip("vega_datasets", reason="needs the extra few-shot")
     task = Temperatures(shots=30, query=6)
     episode = task.sample(generator(), 4)
     (inputs, targets), (asked, wanted) = episode
@@ -226,8 +226,8 @@ def test_what_a_task_needs_and_is_not_installed_is_named(monkeypatch):
         raise ModuleNotFoundError(package)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(TaskError, match=r"'digits' needs scikit-learn: install the extra metamem-torch\[few_shot\]"):
+    with pytest.raises(TaskError, match=r"'digits' needs scikit-learn: install the extra metamem-torch\[few-shot\]"):
         Digits()
     monkeypatch.setattr(resources, "files", nowhere)
-    with pytest.raises(TaskError, match=r"'temperatures' needs vega-datasets: install metamem-torch\[few_shot\]"):
+    with pytest.raises(TaskError, match=r"'temperatures' needs vega-datasets: install metamem-torch\[few-shot\]"):
         Temperatures()

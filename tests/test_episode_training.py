@@ -33,9 +33,9 @@ def small(path, *overrides):
     if path.stem == "glyphs" and not INSTALLED.is_file():
         pytest.skip(f"needs the system's package of Unifont ({INSTALLED})")
     if path.stem == "temperatures":
-        pytest.importorskip("vega_datasets", reason="needs the extra few_shot")
+        pytest.importorskip("vega_datasets", reason="needs the extra few-shot")
     if path.stem == "digits":
-        pytest.importorskip("sklearn", reason="needs the extra few_shot")
+        pytest.importorskip("sklearn", reason="needs the extra few-shot")
     return load_episodes(path, settings)
 
 

@@ -1,9 +1,9 @@
 """Episodic tasks. Importing this package registers them by name.
 
 - `sinusoid`       a sine of unknown amplitude and phase, with frequency or without; its Bayes optimum
-- `digits`         few-shot classification of scikit-learn's digits (extra `few_shot`)
+- `digits`         few-shot classification of scikit-learn's digits (extra `few-shot`)
 - `glyphs`         the same of GNU Unifont's characters, where it is installed
-- `temperatures`   the hours of a week in a city, from those before (extra `few_shot`)
+- `temperatures`   the hours of a week in a city, from those before (extra `few-shot`)
 """
 
 from metamem.episodes.tasks.digits import Digits

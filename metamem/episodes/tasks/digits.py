@@ -62,6 +62,6 @@ def load() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise TaskError("the task 'digits' needs scikit-learn: install the extra metamem-torch[few_shot]") from None
+        raise TaskError("the task 'digits' needs scikit-learn: install the extra metamem-torch[few-shot]") from None
     data: Any = load_digits()
     return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)

@@ -78,7 +78,7 @@ def load(city: City) -> Tensor:
         file = resources.files("vega_datasets") / "_data" / f"{city}-temps.csv"
         text = file.read_text()
     except ModuleNotFoundError:
-        raise TaskError("the task 'temperatures' needs vega-datasets: install metamem-torch[few_shot]") from None
+        raise TaskError("the task 'temperatures' needs vega-datasets: install metamem-torch[few-shot]") from None
     except OSError as error:
         raise TaskError(f"the temperatures of {city!r} cannot be read: {error}") from None
     return torch.tensor([float(row["temp"]) for row in csv.DictReader(text.splitlines())])
