@@ -1,21 +1,30 @@
 """Benchmarks measure what they say, of every preset that there is; how fast it is no test asks."""
 
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "experiments" / "benchmarks"
 
 
+def module(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    sys.modules.pop(name, None)
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
+
+
 @pytest.fixture
 def rules(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    sys.modules.pop("rules", None)
-    import rules
+    yield from module("rules", monkeypatch)
 
-    yield rules
-    sys.modules.pop("rules")
+
+@pytest.fixture
+def slots(monkeypatch):
+    yield from module("slots", monkeypatch)
 
 
 def test_every_preset_is_measured_or_said_not_to_be(rules):
@@ -31,3 +40,20 @@ def test_a_measurement_has_seconds_memory_and_the_size_of_the_state(rules):
     assert min(found["forward"], found["forward+backward"], found["peak"]) >= 0
     assert found["state"] == 8 + 4 * rules.HEADS * (rules.WIDTH // rules.HEADS) ** 2  # the position, and Δ
     assert rules.measure("projections", 64, compiled=False, repeats=1).keys() == set(found) - {"state"}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_step_of_sam_is_measured_beside_its_state(slots, full):
+    found = slots.measure_sam(1024, full, rounds=1)
+    assert found["seconds"] > 0 and found["peak"] >= 0
+    words = slots.SAM_BATCH * 1024 * (slots.WORD + 1) * 4  # and when each was last used
+    assert words < found["state"] * 2**20 < 1.1 * words
+
+
+def test_contenders_have_the_sizes_of_the_peer(slots):
+    cell = slots.ours(4, compiled=False)
+    options = cell.memories["memory"].options
+    assert (options.slots, options.word, options.read_heads) == (32, 16, 4)
+    assert (cell.dim_in, cell.controller.dim_out, cell.controller.dim_in) == (8, 128, 8 + 4 * 16)
+    slots.training_step(cell, torch.randn(2, 3, 8))()
+    assert all(parameter.grad is not None for parameter in cell.parameters())

@@ -23,6 +23,7 @@ from metamem.memory.cell import MemoryCell
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.gated_residual import GatedResidual
 from metamem.memory.mnm import MNM
+from metamem.memory.slots import SAM, SparseOptions
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -244,6 +245,55 @@ def test_a_cell_compiles_whole():
     command = [sys.executable, "-c", COMPILED]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+COMPILED_STEP = """
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+from metamem import MemoryCell
+from metamem.controllers import GRU, LSTM
+from metamem.memory import cell
+from metamem.memory.slots import DNC, NTM, DenseOptions, NTMOptions
+
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return aot_eager(graph, inputs)
+
+compiled = torch.compile(MemoryCell._token, fullgraph=True, dynamic=False, backend=backend)
+cell._compiled = lambda: compiled
+torch.set_default_dtype(torch.float64)
+x = torch.randn(2, 9, 8, requires_grad=True)
+for controller in (LSTM, GRU):
+    made = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        memories = {"dnc": DNC(8, DenseOptions(slots=6, word=4)), "ntm": NTM(5, NTMOptions(slots=6, word=4))}
+        whole = MemoryCell(8, controller(8), memories, compile_step=compiles)
+        y, state, _ = whole(x)
+        step = whole.step(x[:, 0], state).y
+        total = y.square().sum() + step.square().sum()
+        made.append([y, step, *torch.autograd.grad(total, [x, *whole.parameters()])])
+    torch.testing.assert_close(made[1], made[0], rtol=1e-9, atol=1e-11)
+    assert 1 <= len(graphs) <= 3, f"{len(graphs)} graphs for nine tokens"
+    graphs.clear()
+assert not torch._dynamo.config.allow_rnn
+"""
+
+
+def test_a_cell_compiles_token_by_token_in_a_few_graphs():
+    """With torch's LSTM and GRU; one graph for the first token, whose state needs no gradient, and one for the rest."""
+    environment = {**os.environ, "JAXTYPING_DISABLE": "1"}
+    command = [sys.executable, "-c", COMPILED_STEP]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_a_memory_that_is_written_in_place_cannot_be_compiled():
+    memory = GatedResidual(SAM(8, SparseOptions(dim_out=8)))
+    with pytest.raises(ValueError, match="the memory 'sparse', a SAM, is written in place"):
+        MemoryCell(8, LSTM(8), {"sparse": memory}, compile_step=True)
 
 
 # The gated residual

@@ -14,7 +14,7 @@ from metamem.memory.slots.gates import GATES
 from metamem.memory.slots.links import directed, links_after, precedence_after
 from metamem.memory.slots.location import interpolated, sharpened, shifted
 from metamem.memory.slots.read_modes import mixed
-from metamem.memory.slots.usage import allocate, allocation, usage_after
+from metamem.memory.slots.usage import PAIRWISE, allocate, allocation, usage_after
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -85,9 +85,10 @@ def allocation_by_loop(usage):
     return shares
 
 
+@pytest.mark.parametrize("slots", [SLOTS, PAIRWISE + 3])
 @pytest.mark.parametrize("writes", [1, 3])
-def test_allocation_in_turn(writes):
-    usage, gates = torch.rand(BATCH, SLOTS), torch.rand(BATCH, writes)
+def test_allocation_in_turn(writes, slots):
+    usage, gates = torch.rand(BATCH, slots), torch.rand(BATCH, writes)
     found = allocate(usage, gates)
     for row in range(BATCH):
         now = usage[row].tolist()
@@ -97,10 +98,11 @@ def test_allocation_in_turn(writes):
             now = [u + (1 - u) * float(gates[row, head]) * a for u, a in zip(now, shares, strict=True)]
 
 
+@pytest.mark.parametrize("slots", [PAIRWISE, PAIRWISE + 3])  # long: an unstable sort shows
 @pytest.mark.parametrize("usage", [0.0, 0.3, 1.0])
-def test_of_equally_used_slots_the_first_is_allocated(usage):
-    level = torch.full((1, 40), usage)  # long: an unstable sort shows
-    assert allocation(level)[0].tolist() == pytest.approx(allocation_by_loop([usage] * 40), abs=1e-12)
+def test_of_equally_used_slots_the_first_is_allocated(usage, slots):
+    level = torch.full((1, slots), usage)
+    assert allocation(level)[0].tolist() == pytest.approx(allocation_by_loop([usage] * slots), abs=1e-12)
     assert allocation(level)[0].argmax() == 0
 
 

@@ -24,10 +24,12 @@ class Memory(Stateful):
 
     Every memory passes the conformance suite (tests/conformance.py): it joins by one line in its table.
 
-    - `writing`   switched off, a forward only reads (`metamem.memory.base.writing`)
+    - `writing`    switched off, a forward only reads (`metamem.memory.base.writing`)
+    - `compiles`   whether torch.compile takes its step whole
     """
 
     writing: bool = True
+    compiles: bool = True
 
     def write(self, x: Tensor, state: State) -> State:
         """The state after x was written."""

@@ -11,9 +11,13 @@ place of a memory it is one with a controller of its own, so dedicated and share
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
+import torch._dynamo
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -21,6 +25,8 @@ from metamem.controllers.base import Controller
 from metamem.memory.base import Memory, Out, writing
 from metamem.registry import MODULES
 from metamem.state import State, Stateful, align, tree_map
+
+Token = Callable[["MemoryCell", Tensor, State], tuple[Tensor, State, dict[str, Tensor]]]
 
 
 class MemoryCellState(TypedDict):
@@ -37,14 +43,25 @@ class MemoryCell(Memory):
 
     - `dim`       of x, and of y
     - `project`   false: y_t = [h_t, r_t] itself
+    - `compile_step`   a token, controller and memories, is one compiled graph, whatever the length
 
     aux: what the memories measure, `<name>.<measure>`. Raises ValueError for no memory, a name that torch modules use,
-    and a memory that does not say its dims.
+    a memory that does not say its dims, and `compile_step` with one that torch.compile does not take.
     """
 
-    def __init__(self, dim: int, controller: Controller, memories: dict[str, Stateful], project: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        controller: Controller,
+        memories: dict[str, Stateful],
+        project: bool = True,
+        compile_step: bool = False,
+    ) -> None:
         super().__init__()
         _check(dim, memories)
+        self.compile_step = compile_step
+        if compile_step:
+            _check_compiles(memories)
         self.controller = controller
         self.memories = nn.ModuleDict(memories)
         self.names = tuple(memories)
@@ -87,7 +104,8 @@ class MemoryCell(Memory):
     def step(self, x: Float[Tensor, "batch dim"], state: State | None = None) -> Out:
         """One token."""
         state = self.init_state(x.shape[0]) if state is None else state
-        given, after, aux = self._token(x, state)
+        with _step_of(self) as token:
+            given, after, aux = token(self, x, state)
         return Out(self.output(given), after, aux)
 
     def open(self, state: State, tokens: int) -> State:
@@ -117,10 +135,11 @@ class MemoryCell(Memory):
             return Out(x.new_zeros(*x.shape[:2], self.dim_out), state, {})
         state = self.open(state, x.shape[1])
         outputs, measured = [], []
-        for now in x.unbind(1):
-            y, state, aux = self._token(now, state)
-            outputs.append(y)
-            measured.append(aux)
+        with _step_of(self) as token:
+            for now in x.unbind(1):
+                y, state, aux = token(self, now, state)
+                outputs.append(y)
+                measured.append(aux)
         aux = {name: torch.stack([one[name] for one in measured], 1) for name in measured[0]}
         return Out(self.output(torch.stack(outputs, 1)), self.close(state), aux)
 
@@ -150,6 +169,22 @@ class MemoryCell(Memory):
         return memory
 
 
+@functools.cache
+def _compiled() -> Token:
+    # A wrapper in C++ calls what a graph cannot fuse, products and sorts, without Python in between.
+    return torch.compile(MemoryCell._token, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
+@contextmanager
+def _step_of(cell: MemoryCell) -> Iterator[Token]:
+    """What takes a token: compiled, if asked for, and not in a graph that is compiled whole."""
+    if not cell.compile_step or torch.compiler.is_compiling():
+        yield MemoryCell._token
+        return
+    with torch._dynamo.config.patch(allow_rnn=True):  # torch's LSTM and GRU are read for their weights, not called
+        yield _compiled()
+
+
 def between(given: int, taken: int) -> nn.Module:
     """From a vector of one width to one of another; nothing where they are the same."""
     return nn.Identity() if given == taken else nn.Linear(given, taken)
@@ -165,3 +200,13 @@ def _check(dim: int, memories: dict[str, Stateful]) -> None:
             raise ValueError(f"{name!r} is no name for a memory: torch modules use it; choose another")
         if not all(isinstance(getattr(memory, key, None), int) for key in ("dim_in", "dim_out")):
             raise ValueError(f"the memory {name!r}, a {type(memory).__name__}, does not say what it takes and gives")
+
+
+def _check_compiles(memories: dict[str, Stateful]) -> None:
+    for name, memory in memories.items():
+        for part in memory.modules():
+            if isinstance(part, Memory) and not part.compiles:
+                raise ValueError(
+                    f"the memory {name!r}, a {type(part).__name__}, is written in place, which torch.compile does not "
+                    f"take; set compile_step to false"
+                )

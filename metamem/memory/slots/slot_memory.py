@@ -152,7 +152,8 @@ class SlotMemory(Memory):
         return torch.promote_types(self.interface.weight.dtype, torch.float32)
 
     def _traced(self, state: State) -> dict[str, Tensor]:
-        return {f"trace.{name}": value for name, value in state.items()} if self.options.trace else {}
+        names = state.get(OPENED, state) if self.options.trace else ()
+        return {f"trace.{name}": state[name] for name in names}
 
 
 class DenseMemory(SlotMemory):

@@ -56,6 +56,7 @@ class SparseMemory(SlotMemory):
     """A memory that between `open` and `close` is written in place. `by_slot`: what of its state, beside the words, has
     an entry a slot; `words_of_slot`: how many words a slot holds."""
 
+    compiles = False  # what is written in place depends on numbers, and so does how much
     options: NearestOptions
     by_slot: tuple[str, ...] = ("accessed",)
     words_of_slot: int = 1

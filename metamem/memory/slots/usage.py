@@ -19,6 +19,8 @@ from torch import Tensor
 from metamem.memory.slots.content import EPSILON, Weights
 
 Usage = Float[Tensor, "batch slots"]
+PAIRWISE = 64  # slots up to which comparing all pairs is faster than a sort: a compiled graph fuses it
+
 HeadGates = Float[Tensor, "batch heads"]
 Written = Float[Tensor, "batch writes slots"]
 
@@ -31,7 +33,13 @@ def usage_after(usage: Usage, written: Written, read: Weights, free: HeadGates) 
 
 def allocation(usage: Usage) -> Usage:
     """A weight that is near 1 at the least used slot, the lowest of equal ones; 0 everywhere where all are in use."""
-    ordered, slots = (EPSILON + (1 - EPSILON) * usage).sort(dim=-1, stable=True)
+    usage = EPSILON + (1 - EPSILON) * usage
+    if usage.shape[-1] <= PAIRWISE:
+        mine, other = usage.unsqueeze(-1), usage.unsqueeze(-2)
+        lower = torch.ones_like(mine * other, dtype=torch.bool).tril(-1)
+        before = (other < mine) | ((other == mine) & lower)
+        return (1 - usage) * torch.exp((before * other.log()).sum(-1))
+    ordered, slots = usage.sort(dim=-1, stable=True)
     logs = ordered.log()
     shares = (1 - ordered) * torch.exp(logs.cumsum(-1) - logs)
     return torch.zeros_like(usage).scatter(-1, slots, shares)
