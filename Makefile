@@ -26,7 +26,7 @@ $(STAMP): Makefile pyproject.toml constraints.txt
 	@echo "Setting up .venv; this takes a few minutes the first time."
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet torch==2.13.0 -c constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e ".[data,few-shot,dev]"
+	$(PIP) install --quiet -c constraints.txt -e ".[data,few-shot,hf,optuna,tensorboard,dev]"
 	@touch $@
 
 $(BENCH_STAMP): $(STAMP)
