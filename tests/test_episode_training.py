@@ -21,6 +21,7 @@ from metamem.episodes.schema import OPTIMIZERS, is_episodes, load_episodes
 from metamem.episodes.tasks import Sinusoid
 from metamem.episodes.tasks.glyphs import INSTALLED
 from metamem.episodes.training import evaluation_row, load_episodes_run, outer_levels, train_episodes
+from metamem.training import Diverged
 
 FILES = sorted((CONFIGS / "episodes").glob("*.yaml"))
 SMALL = ("training.steps=2", "training.evaluated_tasks=3", "training.batch=2", "training.evaluated_steps=[0, 1]")
@@ -131,6 +132,30 @@ def test_options_reach_the_optimizer_and_wrong_ones_are_refused():
 def test_the_outer_gradient_is_clipped(tmp_path):
     trained = train_episodes(small(MAML, "training.gradient_clip=1.0e-6", "training.log_every=1"), tmp_path)
     assert rows(trained.folder)[0]["gradient_norm/meta"] > 1e-3  # as it was before
+
+
+class Spoiled(Sinusoid):
+    """A task whose every second outer step is of targets that are not finite."""
+
+    drawn = 0
+
+    def sample(self, generator, tasks, query=None):
+        episode = super().sample(generator, tasks, query)
+        if query is not None:  # of an evaluation
+            return episode
+        self.drawn += 1
+        spoiled = float("nan") if self.drawn % 2 == 0 else 0.0
+        return Episode(episode.support, Batch(episode.query.inputs, episode.query.targets + spoiled))
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_is_skipped_or_ends_the_training(tmp_path):
+    with pytest.raises(Diverged, match="step 2: the loss of level 'meta' is nan"):
+        train_episodes(small(MAML), tmp_path, Spoiled(shots=5))
+    skipping = small(MAML, "training.skips=1", "training.log_every=1", "training.steps=4")
+    trained = train_episodes(skipping, tmp_path, Spoiled(shots=5))
+    assert trained.skipped == 2 and trained.step == 4
+    assert [row["skipped"] for row in rows(trained.folder) if row["kind"] == "train"] == [0, 1, 1, 2]
+    assert all(weight.isfinite().all() for weight in trained.learner.state_dict().values())
 
 
 def test_the_rates_of_a_run_are_its_levels():

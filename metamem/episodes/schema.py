@@ -101,7 +101,8 @@ class EpisodeTrainingConfig(Located):
 
     Every `evaluate_every` steps and at the end (null: at the end) the loss of `evaluated_tasks` tasks after
     `evaluated_steps` inner updates is measured; the checkpoint is the best of them, and training stops after `patience`
-    evaluations without a better one (null: never).
+    evaluations without a better one (null: never). A step with a loss or gradient that is not finite moves nothing; the
+    training stops at it where more than `skips` of them come one after the other. How many were skipped is logged.
     """
 
     steps: Count = 10_000
@@ -109,6 +110,7 @@ class EpisodeTrainingConfig(Located):
     warmup: Whole = 0
     schedule: Literal["constant", "cosine"] = "constant"
     gradient_clip: Positive | None = None
+    skips: Whole = 0
     log_every: Count = 100
     evaluate_every: Count | None = None
     evaluated_tasks: Annotated[int, "at least 2"] = 600

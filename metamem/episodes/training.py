@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class EpisodesProgress:
 @dataclass(frozen=True)
 class EpisodesTrained:
     """A finished, stopped or interrupted training: the learner with the weights of its best evaluation, which is at
-    `best`; the last evaluation of those weights, number of inner updates -> figures."""
+    `best`; the last evaluation of those weights, number of inner updates -> figures; how many outer
+    steps were skipped."""
 
     learner: Learner
     folder: Path
@@ -52,6 +54,7 @@ class EpisodesTrained:
     evaluation: dict[int, Evaluation]
     seconds: float
     interrupted: bool
+    skipped: int
 
 
 def build_episodes(config: EpisodesConfig) -> EpisodicTask:
@@ -84,19 +87,26 @@ def train_episodes(
     objectives = next(filter(None, outer.objectives.values()))
     generator = torch.Generator().manual_seed(config.seed)
     folder = create_run(config, root)
+    in_a_row = skipped = 0
     step, best, waited, found, started = 0, 0, 0, dict[int, Evaluation](), time.perf_counter()
     with closing(Metrics(folder / METRICS)) as metrics, interruptible() as interrupted:
         for step in range(1, settings.steps + 1):
             losses = outer.backward(_loss(learner, task, generator, settings.batch))
-            check_finite(losses, step, folder, best, "loss")
             share = rate_share(step, settings.steps, settings.warmup, settings.schedule)
             norms = outer.step(step, share, settings.gradient_clip)
-            check_finite(norms, step, folder, best, "gradient")
+            if all(map(math.isfinite, chain(losses.values(), norms.values()))):
+                in_a_row = 0
+            else:
+                in_a_row, skipped = in_a_row + 1, skipped + 1
+                if in_a_row > settings.skips:
+                    check_finite(losses, step, folder, best, "loss")
+                    check_finite(norms, step, folder, best, "gradient")
             last = step == settings.steps or bool(interrupted)
             if step % settings.log_every == 0 or last:
                 row = {f"loss/{name}": loss for name, loss in losses.items()}
                 row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-                metrics.log(kind="train", step=step, seconds=round(time.perf_counter() - started, 3), **row)
+                seconds = round(time.perf_counter() - started, 3)
+                metrics.log(kind="train", step=step, seconds=seconds, skipped=skipped, **row)
             if progress is not None:
                 progress(EpisodesProgress(step, settings.steps, losses))
             if last or (settings.evaluate_every is not None and step % settings.evaluate_every == 0):
@@ -112,7 +122,7 @@ def train_episodes(
                 break
     load_learner(learner, config, folder / CHECKPOINT)
     seconds = time.perf_counter() - started
-    return EpisodesTrained(learner, folder, step, best, found, seconds, bool(interrupted))
+    return EpisodesTrained(learner, folder, step, best, found, seconds, bool(interrupted), skipped)
 
 
 def _loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -85,7 +86,8 @@ class OuterLevels:
 
     def step(self, step: int, scale: float, clip: float | None) -> dict[str, float]:
         """After outer step `step` (from 1): every level that fires takes its optimizer's step on the mean gradient of
-        the steps since it last did, the rate times `scale`; gives the gradient norm of each."""
+        the steps since it last did, the rate times `scale`; gives the gradient norm of each. Nothing moves where that
+        is not finite."""
         norms = {}
         for level in self.levels:
             own = self.gathered[level.name]
@@ -99,12 +101,13 @@ class OuterLevels:
         parameters, optimizer = self.parameters[level.name], self.optimizers[level.name]
         for parameter, total in zip(parameters, own.sums, strict=True):
             parameter.grad = None if total is None else total / own.steps
-        norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
+        norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf")).item()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
-        optimizer.step()
+        if math.isfinite(norm):  # else the weights stay as they are: who asked for the step reads it from the norm
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def _nothing(self, level: LevelConfig) -> Gathered:
         return Gathered([None] * len(self.parameters[level.name]), 0)
