@@ -150,7 +150,7 @@ def test_the_written_out_gradient_is_autograds_also_where_nothing_is_written(sig
     x = torch.randn(3, TIME, DIM, dtype=torch.float64, requires_grad=True)
     of, found = [x, *memory.parameters()], []
     memory.writing = False
-    for run in (mnm_gradient.run, mnm_gradient._plain):
+    for run in (mnm_gradient.run, mnm_gradient.plain):
         monkeypatch.setattr("metamem.memory.mnm.run", run)
         found.append(slopes(tensors(memory(x)), of))
     for one, other in zip(*found, strict=True):
