@@ -90,21 +90,45 @@ def load_checked(path: Path, overrides: list[str] | None) -> Config:
 @app.command()
 @user_errors
 def train(
-    config: ConfigFile,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config; with --resume, a run's folder.")],
     overrides: Overrides = None,
     runs: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run where its checkpoint left it.")] = False,
+    step: Annotated[int | None, typer.Option(min=1, help="With --resume: the step of an earlier checkpoint.")] = None,
 ) -> None:
-    """Meta-train a config's model. Ctrl-C ends it after the step it falls in, with a checkpoint of that step."""
-    if is_episodes(config):
-        return _train_episodes(config, overrides, runs)
-    resolved = load_checked(config, overrides)
+    """Meta-train a config's model, or go on with it. Ctrl-C, or SIGTERM, ends it after the step it falls in, with a
+    checkpoint of that step."""
+    if step is not None and not resume:
+        raise UserError("--step chooses the checkpoint that --resume goes on from; give both")
+    if resume:
+        from metamem.training.run_folder import CONFIG, check_run_folder
+
+        check_run_folder(config)
+    run = _train_episodes if is_episodes(config / CONFIG if resume else config) else _train
+    run(config, overrides or [], runs, {"step": step, "say": _say} if resume else None)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _train(path: Path, overrides: list[str], runs: Path, resumed: dict[str, Any] | None) -> None:
+    resolved = load_checked(path, overrides) if resumed is None else None
+    register_shipped()
     from metamem.progress import training_bar
+    from metamem.training import resume
     from metamem.training import train as run_training
 
     with training_bar() as show:
-        trained = run_training(resolved, runs, progress=show)
+        if resolved is None:
+            trained = resume(path, overrides, progress=show, **resumed or {})
+        else:
+            trained = run_training(resolved, runs, progress=show)
     if trained.interrupted:
-        typer.echo(f"interrupted: {trained.folder} holds the checkpoint of step {trained.step}", err=True)
+        _say(
+            f"interrupted: {trained.folder} holds the checkpoint of step {trained.step}; go on with: "
+            f"metamem train --resume {trained.folder}"
+        )
         raise typer.Exit(INTERRUPTED)
     typer.echo(
         f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; adapt it with: "
@@ -112,18 +136,24 @@ def train(
     )
 
 
-def _train_episodes(path: Path, overrides: list[str] | None, runs: Path) -> None:
-    from metamem.episodes.training import train_episodes
+def _train_episodes(path: Path, overrides: list[str], runs: Path, resumed: dict[str, Any] | None) -> None:
+    from metamem.episodes.training import resume_episodes, train_episodes
     from metamem.progress import episodes_bar
 
     with episodes_bar() as show:
-        trained = train_episodes(load_episodes(path, overrides or []), runs, progress=show)
+        if resumed is None:
+            trained = train_episodes(load_episodes(path, overrides), runs, progress=show)
+        else:
+            trained = resume_episodes(path, overrides, progress=show, **resumed)
     for count, found in trained.evaluation.items():
         figures = ", ".join(f"{name} {estimate}" for name, estimate in {"loss": found.loss, **found.figures}.items())
         diverged = f", {found.diverged} of {found.loss.tasks} tasks diverged" if found.diverged else ""
         typer.echo(f"after {count} updates: {figures}{diverged}")
     if trained.interrupted:
-        typer.echo(f"interrupted: {trained.folder} holds the best checkpoint, of step {trained.best}", err=True)
+        _say(
+            f"interrupted at step {trained.step}: {trained.folder} holds the best checkpoint, of step {trained.best}; "
+            f"go on with: metamem train --resume {trained.folder}"
+        )
         raise typer.Exit(INTERRUPTED)
     typer.echo(f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; the best is of step {trained.best}")
 

@@ -6,13 +6,14 @@ State goes in and comes out, is never mutated, and no module keeps it:
 
 - `Stateful`      the protocol: `init_state`, `reset_state(rows)`, `detach_state`
 - `tree_map`      applies a function to every tensor of one or more states
-- `save_state`, `load_state`   safetensors on disk, never pickle
+- `save_state`, `load_state`   safetensors on disk with a checksum, never pickle
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -22,13 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from metamem.atomic import replacing
 from metamem.config.errors import UserError
 
+CHECKSUM = "checksum"
 State: TypeAlias = dict[str, Any]  # dict[str, Tensor | State]; a TypedDict per memory says which keys
 
 
 class StateError(UserError):
-    """A state that does not fit: unreadable, or of another model."""
+    """A state that cannot be written, cannot be read, or is of another model."""
 
 
 class Stateful(nn.Module):
@@ -113,31 +116,49 @@ def unflatten(flat: dict[str, Tensor | None]) -> State:
 
 
 def save_state(state: State, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a state as safetensors, whole or not at all (a temporary file, then a rename)."""
+    """Writes a state as safetensors with a checksum over all of it, whole or not at all: on disk when this returns.
+    Raises StateError where it cannot be written; what the path held before is there still."""
     flat = flatten(state)
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in flat.items() if value is not None}
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, metadata={**(metadata or {}), "keys": json.dumps(list(flat))})
-    partial.replace(path)
+    told = {**(metadata or {}), "keys": json.dumps(list(flat))}
+    told[CHECKSUM] = _checksum(tensors, told)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata=told)
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"{path}: cannot be written: {error}") from error
 
 
 def load_state(path: Path) -> tuple[State, dict[str, str]]:
-    """Reads a state and its metadata. Raises StateError where the file is missing, truncated or foreign."""
+    """Reads a state and its metadata. Raises StateError where the file is missing, damaged or foreign."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = cast(dict[str, str], dict(file.metadata() or {}))
             there = set(file.keys())  # safetensors sorts them: the order, and empty dicts, are in the metadata
-            keys = json.loads(metadata.pop("keys"))
+            keys, checksum = json.loads(metadata["keys"]), metadata.pop(CHECKSUM)
             # Cloned: a file's tensors are not aligned as torch's own, and products differ by it in their last bits.
             flat: dict[str, Tensor | None] = {
                 key: file.get_tensor(key).clone() if key in there else None for key in keys
             }
+        found = _checksum({key: value for key, value in flat.items() if value is not None}, metadata)
     except FileNotFoundError:
         raise StateError(f"{path}: no such state file; write one with --save-state") from None
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise StateError(f"{path}: not a readable state file ({error}); it is truncated or not metamem's") from None
+    if found != checksum:
+        raise StateError(f"{path}: the checksum of the state file is wrong: it was damaged after it was written")
+    del metadata["keys"]
     return unflatten(flat), metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of metadata, and of name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_like(state: State, expected: State, where: str) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import metamem.cli as cli
 from metamem import Session, load_run, load_state, save_state
 from metamem.tasks import load_text
+from metamem.training.checkpoint import FOLDER as CHECKPOINTS
 from metamem.training.run_folder import CHECKPOINT, CONFIG, METRICS
 
 STEPS = ("training.steps=4", "training.log_every=1")
@@ -66,7 +67,7 @@ def test_train_makes_a_run_and_says_where(trained):
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{Path('runs') / 'mine'}: 4 steps in ")
     assert "metamem adapt runs/mine --input FILE" in result.stdout and len(result.stdout.splitlines()) == 1
-    assert sorted(path.name for path in Path("runs/mine").iterdir()) == sorted([CHECKPOINT, CONFIG, METRICS])
+    assert {path.name for path in Path("runs/mine").iterdir()} == {CHECKPOINT, CHECKPOINTS, CONFIG, METRICS}
     assert "meta-training" in result.stderr
     again = invoke("train", "c.yaml", *SMALL, *STEPS, "name=mine")
     assert again.exit_code == 0 and again.stdout.startswith(f"{Path('runs') / 'mine-2'}: ")

@@ -26,6 +26,7 @@ from small_models import (
 from metamem import ConfigError, UserError, build, build_task, load_config, load_run, load_state, save_state, train
 from metamem.tasks import TaskError
 from metamem.training import CheckpointError, Diverged, load_checkpoint, run_config, save_checkpoint
+from metamem.training.checkpoint import FOLDER as CHECKPOINTS
 from metamem.training.loop import LAST_RATE, rate_share
 from metamem.training.run_folder import CHECKPOINT, CONFIG, METRICS
 
@@ -80,7 +81,7 @@ def test_the_loss_falls_and_the_run_folder_holds_all_of_the_run(small, tmp_path)
     config = small("training.steps=60", "training.log_every=20", "training.length=32", "vars.dim=16", "name=one")
     trained = train(config, tmp_path / "runs", progress=seen.append)
     assert trained.folder == tmp_path / "runs" / "one" and trained.step == 60 and not trained.interrupted
-    assert sorted(path.name for path in trained.folder.iterdir()) == sorted([CHECKPOINT, CONFIG, METRICS])
+    assert {path.name for path in trained.folder.iterdir()} == {CHECKPOINT, CHECKPOINTS, CONFIG, METRICS}
     logged = rows(trained.folder)
     assert [row["step"] for row in logged] == [20, 40, 60]
     assert seen[0].losses["task"] > 0.9 * math.log(256) and logged[-1]["loss/task"] < 0.7 * math.log(256)
@@ -214,8 +215,9 @@ def test_a_rate_that_diverges_is_told_with_level_and_step_and_keeps_the_last_che
 def test_a_gradient_that_is_not_finite_is_told_before_anything_is_saved(tmp_path):
     objective = "hierarchy.levels.task.objective={losses.outer.next_token: 1.0, small_models.kinked: 1.0}"
     config = tiny("", *SHORT, objective, "training.checkpoint_every=1")
-    with pytest.raises(Diverged, match=r"step 1: the gradient of level 'task' is nan; no checkpoint was made yet"):
+    with pytest.raises(Diverged, match=r"step 1: the gradient of level 'task' is nan, not finite in 'embed") as error:
         train(config, tmp_path, task=Windows())
+    assert "(group 'all' of level 'task'); no checkpoint was made yet; lower the level's lr" in str(error.value)
     with pytest.raises(CheckpointError, match=r"no such checkpoint") as error:
         load_run(tmp_path / "tiny")
     assert "--save-state" not in str(error.value)

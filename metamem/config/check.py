@@ -36,6 +36,8 @@ def check_config(config: Config) -> None:
     check_network(config.network)
     check_hierarchy(config.hierarchy)
     check_router(config)
+    if config.training.best_metric is not None and config.training.evaluate_every is None:
+        raise (config.training.where / "best_metric").error("nothing is evaluated: set training.evaluate_every")
 
 
 def check_run(config: RunConfig) -> None:

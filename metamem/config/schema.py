@@ -197,14 +197,27 @@ class HierarchyConfig(Located):
 
 
 @dataclass(frozen=True)
-class TrainingConfig(Located):
+class RunTrainingConfig(Located):
+    """What every training has: `steps` outer steps, a schedule of the rates of its outer levels, and checkpoints: all
+    that going on exactly needs, every `checkpoint_every` steps, of the last `keep_last` of them."""
+
+    steps: Count
+    schedule: Literal["constant", "cosine"] = "constant"
+    checkpoint_every: Count = 200
+    keep_last: Count = 2
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunTrainingConfig):
     """Meta-training: `steps` outer steps over `batch` sequences of `length` tokens.
 
     An epoch is `steps_per_epoch` outer steps (null: the task's own, where its data have an end). The outer gradient is
     cut every `unroll` tokens of a sequence (null: never); with `recompute`, what it flows through is computed anew in
     the backward pass instead of kept. The rates of the outer levels rise over `warmup` steps, then stay (`constant`) or
     fall to a twentieth (`cosine`). A task that can be evaluated is, every `evaluate_every` steps and at the end (null:
-    never).
+    never). All that going on exactly needs is kept every `checkpoint_every` steps, of the last `keep_last` of them; and
+    of the evaluation with the lowest (`best_mode: min`) or highest (`max`) `best_metric`, whose weights are then the
+    run's (null: the last ones are).
     """
 
     steps: Count = 2000
@@ -217,8 +230,9 @@ class TrainingConfig(Located):
     schedule: Literal["constant", "cosine"] = "cosine"
     gradient_clip: Positive | None = 1.0
     log_every: Count = 20
-    checkpoint_every: Count = 200
     evaluate_every: Count | None = None
+    best_metric: str | None = None
+    best_mode: Literal["min", "max"] = "min"
     compile: bool = False
     threads: Count | None = None
 
@@ -231,8 +245,14 @@ class RunConfig(Located):
     name: str
     task: dict[str, Any]
     hierarchy: HierarchyConfig
+    training: RunTrainingConfig
     seed: Whole = 0
     vars: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Any:
+        """What weights must agree on with the config that they are loaded under, as plain values."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +261,11 @@ class Config(RunConfig):
 
     network: NetworkConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @property
+    def shape(self) -> Any:
+        """The network."""
+        return to_dict(self.network)
 
 
 def to_dict(node: Any) -> Any:

@@ -25,7 +25,9 @@ from metamem.config.schema import (
     OptimizerConfig,
     Positive,
     RunConfig,
+    RunTrainingConfig,
     Whole,
+    to_dict,
 )
 from metamem.episodes.transforms import TRANSFORMS
 
@@ -96,13 +98,14 @@ class EpisodeHierarchyConfig(HierarchyConfig):
 
 
 @dataclass(frozen=True)
-class EpisodeTrainingConfig(Located):
+class EpisodeTrainingConfig(RunTrainingConfig):
     """Meta-training: `steps` outer steps over `batch` tasks each.
 
     Every `evaluate_every` steps and at the end (null: at the end) the loss of `evaluated_tasks` tasks after
-    `evaluated_steps` inner updates is measured; the checkpoint is the best of them, and training stops after `patience`
-    evaluations without a better one (null: never). A step with a loss or gradient that is not finite moves nothing; the
-    training stops at it where more than `skips` of them come one after the other. How many were skipped is logged.
+    `evaluated_steps` inner updates is measured; the weights of the best of them are the run's, and training stops after
+    `patience` evaluations without a better one (null: never). A step with a loss or gradient that is not finite moves
+    nothing; the training stops at it where more than `skips` of them come one after the other. How many were skipped is
+    logged. All that going on exactly needs is kept every `checkpoint_every` steps, of the last `keep_last` of them.
     """
 
     steps: Count = 10_000
@@ -126,6 +129,11 @@ class EpisodesConfig(RunConfig):
     module: dict[str, Any]
     hierarchy: EpisodeHierarchyConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     training: EpisodeTrainingConfig = field(default_factory=EpisodeTrainingConfig)
+
+    @property
+    def shape(self) -> Any:
+        """The module, and what of the inner level has weights."""
+        return [self.module, to_dict(self.inner.optimizer), to_dict(self.inner.router), self.inner.steps]
 
     @property
     def inner(self) -> EpisodeLevelConfig:

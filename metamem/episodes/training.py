@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 
 import metamem.episodes.modules
 import metamem.episodes.tasks  # noqa: F401  (fills the registry)
-from metamem.config import LevelConfig, UserError, to_dict
+from metamem.config import LevelConfig
 from metamem.episodes.evaluation import Evaluation, evaluate
 from metamem.episodes.learner import Learner, build_learner
 from metamem.episodes.parameters import task_losses
@@ -27,9 +24,15 @@ from metamem.episodes.registry import EPISODES, EpisodicTask
 from metamem.episodes.schema import OPTIMIZERS, EpisodeOptimizerConfig, EpisodesConfig, load_episodes
 from metamem.hierarchy import Calendar, OuterLevels
 from metamem.memory.signals import Objectives
-from metamem.state import StateError, check_like, load_state, save_state
-from metamem.training.loop import check_finite, interruptible, rate_share
-from metamem.training.run_folder import CHECKPOINT, CONFIG, METRICS, Metrics, create_run
+from metamem.training.checkpoint import load_checkpoint
+from metamem.training.divergence import check_gradients, check_losses
+from metamem.training.lock import hold
+from metamem.training.loop import interruptible, rate_share
+from metamem.training.random_states import seed_all
+from metamem.training.resuming import Say, clear, go_on
+from metamem.training.run import Run, writing
+from metamem.training.run_folder import CHECKPOINT, CONFIG, check_run_folder, create_run
+from metamem.training.snapshot import Training
 
 
 @dataclass(frozen=True)
@@ -72,57 +75,84 @@ def train_episodes(
     """Meta-trains the learner of a config over tasks; a new folder has its config, metrics and best checkpoint.
 
     The best is by the loss of the first step level after the inner level's own number of updates. Ctrl-C ends the
-    training after the step that it falls in, with an evaluation. Raises Diverged where a loss or gradient is not
-    finite.
+    training after the step that it falls in, with a checkpoint of it. Raises Diverged where a loss, a gradient or a
+    weight is not finite.
     """
-    settings = config.training
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    training = _training(config, task)
+    folder = create_run(config, root)
+    with hold(folder), writing(folder, training) as run:
+        return _train(training, run, progress)
+
+
+def resume_episodes(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    task: EpisodicTask | None = None,
+    progress: Callable[[EpisodesProgress], None] | None = None,
+    *,
+    step: int | None = None,
+    say: Say = lambda text: None,
+) -> EpisodesTrained:
+    """Goes on with a run as `metamem.training.resume` does."""
+    check_run_folder(folder)
+    with hold(folder):
+        training = _training(load_episodes(folder / CONFIG, list(overrides)), task)
+        since = go_on(folder, training, step, say)
+        clear(folder, training)
+        with writing(folder, training) as run:
+            run.log("resume", **since)
+            return _train(training, run, progress)
+
+
+def _training(config: EpisodesConfig, task: EpisodicTask | None) -> Training[EpisodesConfig, Learner]:
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    seed_all(config.seed)
     task = build_episodes(config) if task is None else task
     learner = build_learner(config)
-    outer = outer_levels(config, learner)
+    generator = torch.Generator().manual_seed(config.seed)
+    return Training(config, learner, outer_levels(config, learner), task, generator)
+
+
+def _train(training: Training, run: Run, progress: Callable[[EpisodesProgress], None] | None = None) -> EpisodesTrained:
+    config, learner, outer, task = training.config, training.model, training.outer, training.task
+    settings, reached = config.training, training.reached
     asked = task.evaluation(settings.evaluated_tasks)
     own = learner.level.steps
     counts = sorted({*settings.evaluated_steps, own})
     objectives = next(filter(None, outer.objectives.values()))
-    generator = torch.Generator().manual_seed(config.seed)
-    folder = create_run(config, root)
-    in_a_row = skipped = 0
-    step, best, waited, found, started = 0, 0, 0, dict[int, Evaluation](), time.perf_counter()
-    with closing(Metrics(folder / METRICS)) as metrics, interruptible() as interrupted:
-        for step in range(1, settings.steps + 1):
-            losses = outer.backward(_loss(learner, task, generator, settings.batch))
+    found, started = dict[int, Evaluation](), time.perf_counter() - reached.seconds
+    with interruptible() as interrupted:
+        while reached.step < settings.steps and (settings.patience is None or reached.waited < settings.patience):
+            step = reached.step + 1
+            losses = outer.backward(_loss(learner, task, training.generator, settings.batch))
             share = rate_share(step, settings.steps, settings.warmup, settings.schedule)
             norms = outer.step(step, share, settings.gradient_clip)
-            if all(map(math.isfinite, chain(losses.values(), norms.values()))):
-                in_a_row = 0
-            else:
-                in_a_row, skipped = in_a_row + 1, skipped + 1
-                if in_a_row > settings.skips:
-                    check_finite(losses, step, folder, best, "loss")
-                    check_finite(norms, step, folder, best, "gradient")
-            last = step == settings.steps or bool(interrupted)
+            if not reached.skipped_over(chain(losses.values(), norms.values()), settings.skips):
+                check_losses(losses, outer, config.hierarchy, step)
+                check_gradients(norms, outer, config.hierarchy, step)
+            reached.step, reached.seconds, last = step, time.perf_counter() - started, step == settings.steps
             if step % settings.log_every == 0 or last:
                 row = {f"loss/{name}": loss for name, loss in losses.items()}
                 row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-                seconds = round(time.perf_counter() - started, 3)
-                metrics.log(kind="train", step=step, seconds=seconds, skipped=skipped, **row)
+                run.log("train", seconds=round(reached.seconds, 3), skipped=reached.skipped, **row)
             if progress is not None:
                 progress(EpisodesProgress(step, settings.steps, losses))
-            if last or (settings.evaluate_every is not None and step % settings.evaluate_every == 0):
+            evaluated = last or (settings.evaluate_every is not None and step % settings.evaluate_every == 0)
+            if evaluated:
                 now = evaluate(learner, task, asked, counts, objectives)
-                metrics.log(kind="evaluation", step=step, **evaluation_row(now, learner))
-                if not found or now[own].loss.mean < found[own].loss.mean:
-                    best, waited, found = step, 0, now
-                    save_learner(learner, config, step, folder / CHECKPOINT)
-                else:
-                    waited += 1
-                last = last or waited == settings.patience
-            if last:
+                run.log("evaluation", **evaluation_row(now, learner))
+                if reached.evaluated(now[own].loss.mean):
+                    found = now
+            stop = bool(interrupted)
+            if stop or evaluated or step % settings.checkpoint_every == 0:
+                run.save()
+            if stop:
                 break
-    load_learner(learner, config, folder / CHECKPOINT)
-    seconds = time.perf_counter() - started
-    return EpisodesTrained(learner, folder, step, best, found, seconds, bool(interrupted), skipped)
+    best = load_checkpoint(learner, config, run.folder / CHECKPOINT)
+    found = found or evaluate(learner, task, asked, counts, objectives)
+    seconds, skipped = reached.seconds, reached.skipped
+    return EpisodesTrained(learner, run.folder, reached.step, best, found, seconds, bool(interrupted), skipped)
 
 
 def _loss(
@@ -181,37 +211,10 @@ def evaluation_row(found: dict[int, Evaluation], learner: Learner) -> dict[str, 
     return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
-def save_learner(learner: Learner, config: EpisodesConfig, step: int, path: Path) -> None:
-    """Writes a learner's weights, whole or not at all."""
-    save_state(dict(learner.state_dict()), path, {"step": str(step), "learner": fingerprint(config)})
-
-
-def load_learner(learner: Learner, config: EpisodesConfig, path: Path) -> int:
-    """Loads weights into a learner and gives their step. Raises UserError, the learner untouched."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; its run ended before the first evaluation: train again")
-    try:
-        weights, metadata = load_state(path)
-        check_like(weights, dict(learner.state_dict()), str(path))
-    except StateError as error:
-        raise UserError(str(error).replace("state file", "checkpoint")) from None
-    if metadata.get("learner") != fingerprint(config):
-        raise UserError(f"{path}: the checkpoint was made under another config; its run folder has the right one")
-    learner.load_state_dict(weights)
-    return int(metadata["step"])
-
-
-def fingerprint(config: EpisodesConfig) -> str:
-    """What a checkpoint must agree on with its config: the module, and what of the inner level has weights."""
-    told = [config.module, to_dict(config.inner.optimizer), to_dict(config.inner.router), config.inner.steps]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def load_episodes_run(folder: Path) -> tuple[Learner, EpisodesConfig]:
     """The learner of a run with its best weights, and its config."""
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: no run folder (it has no {CONFIG}); give one that `metamem train` made")
+    check_run_folder(folder)
     config = load_episodes(folder / CONFIG)
     learner = build_learner(config)
-    load_learner(learner, config, folder / CHECKPOINT)
+    load_checkpoint(learner, config, folder / CHECKPOINT)
     return learner, config

@@ -15,6 +15,7 @@ from metamem.config.resolve import Objective
 from metamem.hierarchy.calendar import Calendar, calendar_of
 from metamem.hierarchy.objectives import measured_loss
 from metamem.memory.signals import Objectives
+from metamem.state import State, StateError
 
 
 @dataclass
@@ -47,7 +48,8 @@ class OuterLevels:
             calendar = calendar_of(config)
         self.calendar = calendar
         self.levels = [level for level in config.hierarchy.levels if level.outer]
-        self.parameters = {level.name: [parameters[name] for name in owned[level.name]] for level in self.levels}
+        self.owned = {level.name: owned[level.name] for level in self.levels}
+        self.parameters = {level: [parameters[name] for name in names] for level, names in self.owned.items()}
         self.objectives = {level.name: objectives[level.name] for level in self.levels}
         self.measured = measured_objectives(config)
         self.optimizers = {
@@ -87,7 +89,7 @@ class OuterLevels:
     def step(self, step: int, scale: float, clip: float | None) -> dict[str, float]:
         """After outer step `step` (from 1): every level that fires takes its optimizer's step on the mean gradient of
         the steps since it last did, the rate times `scale`; gives the gradient norm of each. Nothing moves where that
-        is not finite."""
+        is not finite, and the parameters keep that gradient."""
         norms = {}
         for level in self.levels:
             own = self.gathered[level.name]
@@ -97,17 +99,60 @@ class OuterLevels:
                 self.gathered[level.name] = self._nothing(level)
         return norms
 
+    def state(self) -> State:
+        """What goes from step to step, by the names of parameters: what each optimizer keeps of them, and the gradient
+        that each level has gathered since it last fired."""
+        levels: State = {}
+        for level, names in self.owned.items():
+            kept, own = self.optimizers[level].state, self.gathered[level]
+            of = list(zip(names, self.parameters[level], strict=True))
+            levels[level] = {
+                "optimizer": {
+                    name: {key: torch.as_tensor(value) for key, value in kept.get(p, {}).items()} for name, p in of
+                },
+                "sums": {name: total for name, total in zip(names, own.sums, strict=True) if total is not None},
+                "steps": torch.tensor(own.steps),
+            }
+        return levels
+
+    def load_state(self, state: State) -> None:
+        """Goes on from a `state` of the same levels with the same parameters. Raises StateError for one of others."""
+        for level in self.owned.keys() | state.keys():
+            names, told = self.owned.get(level), state.get(level)
+            if names is None or told is None or list(told["optimizer"]) != names:
+                raise StateError(f"level {level!r} owned other parameters than it does now, or is new or gone")
+        for level, names in self.owned.items():
+            told, sums, optimizer = state[level], state[level]["sums"], self.optimizers[level]
+            settings = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+            for name, parameter in zip(names, self.parameters[level], strict=True):
+                # The step count stays on the host, unless the optimizer asks otherwise, and all keeps its type, which
+                # torch's own load_state_dict does not promise.
+                there = any(settings[parameter].get(key) for key in ("capturable", "fused"))
+                optimizer.state[parameter] = {
+                    key: value if key == "step" and not there else value.to(parameter.device)
+                    for key, value in told["optimizer"][name].items()
+                }
+            gathered = [
+                sums[name].to(parameter.device) if name in sums else None
+                for name, parameter in zip(names, self.parameters[level], strict=True)
+            ]
+            self.gathered[level] = Gathered(gathered, int(told["steps"]))
+
     def _fire(self, level: LevelConfig, own: Gathered, scale: float, clip: float | None) -> float:
         parameters, optimizer = self.parameters[level.name], self.optimizers[level.name]
         for parameter, total in zip(parameters, own.sums, strict=True):
             parameter.grad = None if total is None else total / own.steps
-        norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf")).item()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
-        if math.isfinite(norm):  # else the weights stay as they are: who asked for the step reads it from the norm
-            optimizer.step()
+        if not math.isfinite(norm):  # who asked for the step reads it from the norm, and where it comes from
+            return norm.item()
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm.item()
 
     def _nothing(self, level: LevelConfig) -> Gathered:
         return Gathered([None] * len(self.parameters[level.name]), 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,25 +17,23 @@ import torch
 from torch import Tensor
 
 import metamem.tasks  # noqa: F401  (fills the registry)
-from metamem.config import Config, UserError
+from metamem.config import Config, load_config
 from metamem.hierarchy import OuterLevels, calendar_of, inner_loop, loss_per_token
 from metamem.memory.base import Out
 from metamem.memory.signals import Objectives
 from metamem.network import Network, build
 from metamem.registry import TASKS
 from metamem.targets import mean_asked
-from metamem.training.checkpoint import load_checkpoint, save_checkpoint
-from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, create_run, run_config
+from metamem.training.checkpoint import load_checkpoint
+from metamem.training.divergence import check_gradients, check_losses
+from metamem.training.lock import hold
+from metamem.training.random_states import seed_all
+from metamem.training.resuming import Say, clear, go_on
+from metamem.training.run import Run, writing
+from metamem.training.run_folder import CHECKPOINT, CONFIG, check_run_folder, create_run, run_config
+from metamem.training.snapshot import Training
 
 LAST_RATE = 0.05  # of a cosine schedule, as a share of the rate
-
-
-class Diverged(UserError):
-    """A loss or gradient that is not finite at outer step `step`; the checkpoint before it stays."""
-
-    def __init__(self, message: str, step: int | None = None) -> None:
-        super().__init__(message)
-        self.step = step
 
 
 @dataclass(frozen=True)
@@ -68,53 +66,118 @@ def build_task(config: Config) -> Any:
 def train(
     config: Config, root: Path = Path("runs"), task: Any = None, progress: Callable[[Progress], None] | None = None
 ) -> Trained:
-    """Meta-trains the model of a config and leaves config, metrics and checkpoint in a new run folder.
+    """Meta-trains the model of a config and leaves config, metrics and checkpoints in a new run folder.
 
     Everything that can be wrong with the config is found before the folder is made. Ctrl-C ends the training after
-    the step that it falls in, and leaves a checkpoint of it. Raises Diverged where a loss or gradient is not finite.
+    the step that it falls in, and leaves a checkpoint of it. Raises Diverged where a loss, a gradient or a weight is
+    not finite.
     """
-    settings = config.training
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    task = build_task(config) if task is None else task
-    model = build(config)
-    outer = OuterLevels(config, model, calendar_of(config, task))
-    forward = inner_loop(config, model).run
-    evaluated_after = _evaluated_after(config, task)
-    evaluate = _evaluation(config, model, task, forward) if evaluated_after else None
-    drawn = batches(config, task)
-    first = next(drawn)
-
+    loop = _Loop.of(config, task)
+    drawn = loop.batches()
     folder = create_run(config, root)
-    step, saved, started = 0, 0, time.perf_counter()
-    with closing(Metrics(folder / METRICS)) as metrics, interruptible() as interrupted:
-        if evaluate is not None and 0 in evaluated_after:
-            metrics.log(kind="evaluation", step=0, **evaluate(0))
-        for step, (inputs, targets) in enumerate(chain([first], drawn), start=1):
-            out = forward(inputs, targets)
-            losses = outer.backward(partial(_loss, out.y, targets), out.aux)
-            check_finite(losses, step, folder, saved, "loss")
-            share = rate_share(step, settings.steps, settings.warmup, settings.schedule)
-            norms = outer.step(step, share, settings.gradient_clip)
-            check_finite(norms, step, folder, saved, "gradient")
-            seconds = time.perf_counter() - started
-            rate = step * inputs.numel() / seconds
-            if step % settings.log_every == 0 or step == settings.steps:
-                row = {f"loss/{name}": loss for name, loss in losses.items()}
-                row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-                row |= _means(out.aux)
-                metrics.log(kind="train", step=step, seconds=round(seconds, 3), tokens_per_second=round(rate), **row)
-            if progress is not None:
-                progress(Progress(step, settings.steps, losses, rate))
-            if evaluate is not None and step in evaluated_after:
-                metrics.log(kind="evaluation", step=step, **evaluate(step))
-            stop = bool(interrupted)  # asked once: a key pressed later stops the next step, with its checkpoint
-            if stop or step == settings.steps or step % settings.checkpoint_every == 0:
-                save_checkpoint(model, config, step, folder / CHECKPOINT)
-                saved = step
-            if stop:
-                break
-    return Trained(model, folder, step, time.perf_counter() - started, bool(interrupted))
+    with hold(folder), writing(folder, loop.training) as run:
+        return loop.run(run, drawn, progress)
+
+
+def resume(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    task: Any = None,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    step: int | None = None,
+    say: Say = lambda text: None,
+) -> Trained:
+    """Goes on with a run from its last checkpoint, or that of a step, as if nothing had ended it: with the same config,
+    code and threads to the same weights, bit for bit.
+
+    What has changed since, by an override or otherwise, is said to `say`. Raises CheckpointError for a checkpoint that
+    is damaged or does not fit, RunHeld where another process is writing the run, and what `train` raises.
+    """
+    check_run_folder(folder)
+    with hold(folder):
+        loop = _Loop.of(load_config(folder / CONFIG, overrides), task)
+        since = go_on(folder, loop.training, step, say)
+        drawn = loop.batches()
+        clear(folder, loop.training)
+        with writing(folder, loop.training) as run:
+            run.log("resume", **since)
+            return loop.run(run, drawn, progress)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """A training and what its steps need: nothing of it is written yet."""
+
+    training: Training[Config, Network]
+    forward: Callable[[Tensor, Tensor], Out]
+    evaluated_after: set[int]
+    evaluate: Callable[[int], dict[str, float]] | None
+
+    @classmethod
+    def of(cls, config: Config, task: Any = None) -> _Loop:
+        if config.training.threads is not None:
+            torch.set_num_threads(config.training.threads)
+        seed_all(config.seed)
+        task = build_task(config) if task is None else task
+        model = build(config)
+        outer = OuterLevels(config, model, calendar_of(config, task))
+        forward = inner_loop(config, model).run
+        training = Training(config, model, outer, task, torch.Generator().manual_seed(config.seed))
+        evaluated_after = _evaluated_after(config, task)
+        return cls(training, forward, evaluated_after, _evaluation(training, forward) if evaluated_after else None)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that are left, the first drawn at once: what the task refuses is refused before all else."""
+        training = self.training
+        drawn = batches(training.config, training.task, training.generator, training.reached.step)
+        return chain([first] if (first := next(drawn, None)) else [], drawn)
+
+    def run(
+        self, run: Run, drawn: Iterator[tuple[Tensor, Tensor]], progress: Callable[[Progress], None] | None
+    ) -> Trained:
+        training, reached = self.training, self.training.reached
+        config, settings = training.config, training.config.training
+        started = time.perf_counter() - reached.seconds
+        with interruptible() as interrupted:
+            if 0 in self.evaluated_after and reached.step == 0:
+                self._evaluate(run)
+            for step, (inputs, targets) in enumerate(drawn, start=reached.step + 1):
+                out = self.forward(inputs, targets)
+                losses = training.outer.backward(partial(_loss, out.y, targets), out.aux)
+                check_losses(losses, training.outer, config.hierarchy, step)
+                share = rate_share(step, settings.steps, settings.warmup, settings.schedule)
+                norms = training.outer.step(step, share, settings.gradient_clip)
+                check_gradients(norms, training.outer, config.hierarchy, step)
+                reached.step, reached.seconds = step, time.perf_counter() - started
+                rate = step * inputs.numel() / reached.seconds
+                if step % settings.log_every == 0 or step == settings.steps:
+                    row = {f"loss/{name}": loss for name, loss in losses.items()}
+                    row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+                    row |= _means(out.aux)
+                    run.log("train", seconds=round(reached.seconds, 3), tokens_per_second=round(rate), **row)
+                if progress is not None:
+                    progress(Progress(step, settings.steps, losses, rate))
+                best = step in self.evaluated_after and self._evaluate(run)
+                stop = bool(interrupted)  # asked once: a key pressed later stops the next step, with its checkpoint
+                if stop or best or step == settings.steps or step % settings.checkpoint_every == 0:
+                    run.save()
+                if stop:
+                    break
+        return Trained(training.model, run.folder, reached.step, reached.seconds, bool(interrupted))
+
+    def _evaluate(self, run: Run) -> bool:
+        """Evaluates the model, logs it, and says whether it is the best so far."""
+        assert self.evaluate is not None
+        settings, reached = self.training.config.training, self.training.reached
+        found = self.evaluate(reached.step)
+        run.log("evaluation", **found)
+        name = settings.best_metric
+        if name is None or reached.step == 0:
+            return False
+        if name not in found:
+            raise (settings.where / "best_metric").unknown("the evaluation measures no such thing", name, found)
+        return reached.evaluated(found[name], settings.best_mode == "max")
 
 
 def load_run(folder: Path) -> tuple[Network, Config]:
@@ -125,10 +188,14 @@ def load_run(folder: Path) -> tuple[Network, Config]:
     return model, config
 
 
-def batches(config: Config, task: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets of every outer step, from the task that it is in where a task is several."""
-    settings, generator = config.training, torch.Generator().manual_seed(config.seed)
-    for step in range(1, settings.steps + 1):
+def batches(
+    config: Config, task: Any, generator: torch.Generator | None = None, after: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of every outer step after one, from the task that it is in where a task is several; the
+    generator stands where that step has left it (default: at the config's seed)."""
+    settings = config.training
+    generator = torch.Generator().manual_seed(config.seed) if generator is None else generator
+    for step in range(after + 1, settings.steps + 1):
         which = {"task": task.task_at(step)} if hasattr(task, "task_at") else {}
         yield task.sample(generator, settings.batch, settings.length, **which)
 
@@ -146,11 +213,12 @@ def _evaluated_after(config: Config, task: Any) -> set[int]:
 
 
 def _evaluation(
-    config: Config, model: Network, task: Any, forward: Callable[[Tensor, Tensor], Out]
+    training: Training[Config, Network], forward: Callable[[Tensor, Tensor], Out]
 ) -> Callable[[int], dict[str, float]]:
     """The task's evaluation of the model after an outer step; after the last, with its summary of all evaluations,
     where it has one."""
-    settings, made = config.training, dict[int, dict[str, float]]()
+    config, task, model = training.config, training.task, training.model
+    settings, made = config.training, training.reached.evaluations
     if not hasattr(task, "evaluate"):
         raise (settings.where / "evaluate_every").error(f"the task {config.task['name']!r} has no evaluation; set null")
 
@@ -190,20 +258,10 @@ def rate_share(step: int, steps: int, warmup: int, schedule: Literal["constant",
     return warm * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def check_finite(values: dict[str, float], step: int, folder: Path, saved: int, what: str) -> None:
-    """Raises Diverged where a level's value is not finite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            kept = f"the checkpoint of step {saved} stays in {folder}" if saved else "no checkpoint was made yet"
-            raise Diverged(
-                f"step {step}: the {what} of level {name!r} is {value}; {kept}; lower the level's lr, or gradient_clip",
-                step,
-            )
-
-
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Ctrl-C fills the list instead of raising, so that nothing is left half done; a second one raises."""
+    """Ctrl-C, or SIGTERM, fills the list instead of ending the process, so that nothing is left half done; a second
+    one raises."""
     pressed: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -212,11 +270,12 @@ def interruptible() -> Iterator[list[int]]:
         pressed.append(number)
 
     try:
-        before = signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: Ctrl-C is somebody else's
         yield pressed
         return
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

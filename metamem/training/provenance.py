@@ -1,0 +1,34 @@
+"""What a checkpoint was made with: versions, and where metamem runs from a checkout, its commit."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import metamem
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def made_with() -> dict[str, str]:
+    """What decides the last bits of a training beside its config: the code, its libraries, the threads."""
+    code = f"{metamem.__version__}{commit()}"
+    threads = str(torch.get_num_threads())
+    return {"metamem": code, "torch": str(torch.__version__), "python": platform.python_version(), "threads": threads}
+
+
+@functools.cache
+def commit() -> str:
+    """`+<commit>`, with `-dirty` where files have changed since; empty for an installed package, or without git."""
+    if not (CHECKOUT / ".git").exists():
+        return ""
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f"+{found.stdout.strip()}" if found.returncode == 0 else ""

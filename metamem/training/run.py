@@ -1,0 +1,65 @@
+"""The folder of a training while it runs: its rows of metrics, its checkpoints, and what to say when it ends badly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from metamem.state import StateError
+from metamem.training.checkpoint import resumable, save_checkpoint, save_resumable
+from metamem.training.divergence import Diverged, check_weights
+from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, WriteError
+from metamem.training.snapshot import Training
+
+
+class Run:
+    """A training's folder, which this process holds."""
+
+    def __init__(self, folder: Path, training: Training) -> None:
+        self.folder, self.training = folder, training
+        self.saved = max(resumable(folder), default=0)
+        self.metrics = Metrics(folder / METRICS)
+
+    def log(self, kind: str, **row: Any) -> None:
+        """A row of metrics at the step that the training has reached."""
+        self.metrics.log(kind=kind, step=self.training.reached.step, **row)
+
+    def save(self) -> None:
+        """A checkpoint of the step that the training has reached; then those that need not be kept any more go.
+
+        Raises Diverged where a weight is not finite: the checkpoints before are better to go on from.
+        """
+        training, reached = self.training, self.training.reached
+        check_weights(training.outer, training.config.hierarchy, reached.step)
+        self.metrics.sync()
+        save_resumable(training.state(), training.about(), reached.step, self.folder)
+        self.saved = reached.step
+        if reached.best in (0, reached.step):
+            save_checkpoint(training.model, training.config, reached.step, self.folder / CHECKPOINT)
+        there = resumable(self.folder)
+        for step in sorted(there)[: -training.config.training.keep_last]:
+            if step != reached.best:
+                there[step].unlink()
+
+    @property
+    def kept(self) -> str:
+        """What stays where the training ends before its end."""
+        if not self.saved:
+            return "no checkpoint was made yet"
+        return f"the checkpoint of step {self.saved} stays in {self.folder}"
+
+
+@contextmanager
+def writing(folder: Path, training: Training) -> Iterator[Run]:
+    """The run in a folder that this process holds; what ends it badly is told with what stays of it."""
+    run = Run(folder, training)
+    with closing(run.metrics):
+        try:
+            yield run
+        except Diverged as error:
+            message = f"step {error.step}: {error}; {run.kept}; lower the level's lr, or gradient_clip"
+            raise Diverged(message, error.step) from None
+        except (StateError, WriteError) as error:
+            raise WriteError(f"{error}; {run.kept}") from error
