@@ -333,7 +333,7 @@ def test_what_changes_is_said_by_name_and_logged(stopped, monkeypatch):
             "hierarchy.levels.quick.optimizer={name: adam, lr: 0.05}",
             "was made with hierarchy.levels.quick.optimizer.name adamw, not adam",
         ),
-        ("hierarchy.groups.ends.match=embed.**", "level 'slow' owned other parameters than it does now"),
+        ("hierarchy.groups.ends.match=embed.**", "level 'quick' owned other parameters than it does now"),
         ("training.steps=4", "is past the last of 4 steps; raise training.steps"),
     ],
 )

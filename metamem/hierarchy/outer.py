@@ -117,7 +117,7 @@ class OuterLevels:
 
     def load_state(self, state: State) -> None:
         """Goes on from a `state` of the same levels with the same parameters. Raises StateError for one of others."""
-        for level in self.owned.keys() | state.keys():
+        for level in (*self.owned, *state):
             names, told = self.owned.get(level), state.get(level)
             if names is None or told is None or list(told["optimizer"]) != names:
                 raise StateError(f"level {level!r} owned other parameters than it does now, or is new or gone")
