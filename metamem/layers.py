@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metamem.memory.networks import ACTIVATIONS
+from metamem.memory.activations import ACTIVATIONS
 from metamem.registry import MODULES
 from metamem.state import State, Stateful
 

@@ -5,9 +5,10 @@ import torch
 
 from losses.recall import cosine, mse
 from metamem.memory import signals
+from metamem.memory.activations import ACTIVATIONS
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
-from metamem.memory.networks import ACTIVATIONS, Network
+from metamem.memory.networks import Network
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -22,12 +23,26 @@ def unwritten_mse(pred, target):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_a_derivative_is_that_of_autograd(name):
+def test_an_error_behind_an_activation_is_autograds(name):
     activation = ACTIVATIONS[name]
     extremes = [0.0, -0.0, 1e-12, -1e-12, 1.0, -1.0, 20.0, -20.0, 800.0, -800.0, 1e8, -1e8]
     z = torch.cat([torch.linspace(-9, 9, 181), torch.tensor(extremes)]).requires_grad_()
-    expected = torch.autograd.grad(activation.function(z).sum(), z)[0]
-    torch.testing.assert_close(activation.derivative(z.detach()), expected, rtol=1e-10, atol=1e-12)
+    error = torch.randn_like(z)
+    expected = torch.autograd.grad(activation.function(z), z, error)[0]
+    torch.testing.assert_close(activation.backward(error, z.detach()), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_error_behind_an_activation_is_differentiable_twice_and_under_vmap(name):
+    backward = ACTIVATIONS[name].backward
+    error, z = (torch.randn(2, 9).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(backward, (error, z))
+    assert torch.autograd.gradgradcheck(backward, (error, z))
+
+    def slope(error, z):
+        return torch.func.grad(lambda z: backward(error, z).square().sum())(z)
+
+    torch.testing.assert_close(torch.func.vmap(slope)(error, z), slope(error, z))
 
 
 @pytest.mark.parametrize("objective", [mse, cosine, log_cosh], ids=["mse", "cosine", "log_cosh"])

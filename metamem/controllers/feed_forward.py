@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metamem.controllers.base import Controller
-from metamem.memory.networks import ACTIVATIONS
+from metamem.memory.activations import ACTIVATIONS
 from metamem.registry import MODULES
 from metamem.state import State
 

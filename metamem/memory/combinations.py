@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from metamem.config.schema import RouterConfig
 from metamem.memory import delta_rule, step_rule
+from metamem.memory.activations import ACTIVATIONS
 from metamem.memory.level import SignalAt, TokenLevel
-from metamem.memory.networks import ACTIVATIONS, NETWORKS
+from metamem.memory.networks import NETWORKS
 
 
 def check(

@@ -22,37 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from metamem.memory.activations import ACTIVATIONS
 from metamem.memory.layer_norm import Normalised, normalise, normalise_backward
 from metamem.memory.product import product_transposed
 
 Tokens = Float[Tensor, "*batch tokens _features"]  # _: each layer has its own
 Weights = list[Float[Tensor, "*_batch _d_in _d_out"]]
 Apply = Callable[[int, Tokens], Tokens]
-
-
-class Activation(NamedTuple):
-    """φ and its derivative, written out."""
-
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-
-
-def _silu_derivative(z: Tensor) -> Tensor:
-    gate = torch.sigmoid(z)
-    return gate * (1 + z * (1 - gate))
-
-
-def _gelu_derivative(z: Tensor) -> Tensor:
-    cumulative = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-    return cumulative + z * torch.exp(-0.5 * z.square()) * (1 / math.sqrt(2 * math.pi))
-
-
-ACTIVATIONS = {
-    "silu": Activation(functional.silu, _silu_derivative),
-    "gelu": Activation(functional.gelu, _gelu_derivative),
-    "tanh": Activation(torch.tanh, lambda z: 1 - torch.tanh(z).square()),
-    "relu": Activation(functional.relu, lambda z: (z > 0).to(z.dtype)),
-}
 
 
 class Pass(NamedTuple):
@@ -183,8 +159,8 @@ class Network:
         """Signals by backpropagation: `δ^L = error` (through the norm), `δ^l = (δ^{l+1} W^{l+1}ᵀ) ⊙ φ'(z^l)`."""
         signals = [self._last(error, forward)]
         for index in range(self.depth - 1, 0, -1):
-            slope = ACTIVATIONS[self.activation].derivative(forward.preactivations[index - 1])
-            signals.insert(0, self._back(signals[0], weights[index]) * slope)
+            back, z = self._back(signals[0], weights[index]), forward.preactivations[index - 1]
+            signals.insert(0, ACTIVATIONS[self.activation].backward(back, z))
         return signals
 
     def given(self, x: Tokens) -> Tokens:
@@ -229,10 +205,10 @@ class SwiGLU(Network):
     def backward(self, error: Tokens, weights: Weights, forward: Pass) -> list[Tokens]:
         """`δ^2 = error`, `δ^1 = h ⊙ φ(z^0)`, `δ^0 = h ⊙ z^1 ⊙ φ'(z^0)`, h = δ^2 W^2ᵀ."""
         gate, up, _ = forward.preactivations
-        function, derivative = ACTIVATIONS[self.activation]
+        activation = ACTIVATIONS[self.activation]
         last = self._last(error, forward)
         back = self._back(last, weights[2])
-        return [back * up * derivative(gate), back * function(gate), last]
+        return [activation.backward(back * up, gate), back * activation.function(gate), last]
 
 
 NETWORKS: dict[str, type[Network]] = {"mlp": Network, "swiglu": SwiGLU}
