@@ -126,7 +126,7 @@ def backend(graph, inputs):
 
 compiled = torch.compile(chunkwise.one_segment, fullgraph=True, dynamic=False, backend=backend)
 chunkwise._compiled = lambda: compiled
-for name in ("titans-like", "ttt-mlp", "lact"):
+for name in ("titans-like", "ttt-mlp", "lact", "atlas"):
     memory = MEMORIES[name].build(torch.float64)
     x = tokens(2, 27).requires_grad_()
     results = []
@@ -137,10 +137,10 @@ for name in ("titans-like", "ttt-mlp", "lact"):
     for key, expected in results[0].items():
         message = lambda text: f"{name} {key}: {text}"
         torch.testing.assert_close(results[1][key], expected, rtol=1e-6, atol=1e-8, msg=message)
-    assert 1 <= len(graphs) <= 4, f"{name}: {len(graphs)} graphs for seven segments"
+    assert 1 <= len(graphs) <= 2, f"{name}: {len(graphs)} graphs for seven segments"
 """
 
 
 def test_compiled_chunk_by_chunk_it_gives_the_same_numbers_in_a_few_graphs():
-    """A graph for the first chunk, for those after it, and for what is left over; not one a chunk."""
+    """A graph for whole chunks and one for what is left over; not one a chunk."""
     run_compiled(CHUNK_BY_CHUNK)

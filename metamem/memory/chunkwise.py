@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import optree
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,6 +32,8 @@ from metamem.memory.plan import Key, Plan, cut, plan, signal_key, unstack, windo
 from metamem.memory.product import product
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
+
+GRAPHS = 64  # of compiled segments in a process: one for each memory that differs, with and without gradients
 
 
 class Pieces(NamedTuple):
@@ -60,10 +63,12 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
     fresh = span.length * writes.keys.shape[3]  # writes of a segment's own tokens
     pieces, past = cut_pieces(learner, span, writes, queries, carry.past)
     carry, chunks = carry._replace(past=past), []
-    step = _compiled() if learner.compiled and not torch.compiler.is_compiling() else one_segment
+    compiled = learner.compiled and not torch.compiler.is_compiling()
+    step = _compiled() if compiled else one_segment
     for segment, piece in zip(span.segments, unstack(pieces, len(span.segments)), strict=True):
         # Without its place, which is no part of its work: a compiled step is one graph for all of them.
-        chunks.append(step(learner, replace(segment, start=0), piece, carry, readers))
+        before = _uniform(learner, carry) if compiled else carry
+        chunks.append(step(learner, replace(segment, start=0), piece, before, readers))
         carry = chunks[-1].carry
     if chunks[0].seen:
         carried = [[torch.stack(of_term, -3)] for of_term in zip(*(chunk.seen for chunk in chunks), strict=True)]
@@ -114,7 +119,29 @@ def one_segment(learner: Learner, segment: Segment, piece: Pieces, carry: Carry,
 
 @functools.cache
 def _compiled() -> Callable[..., Chunk]:
-    return torch.compile(one_segment, fullgraph=True, dynamic=False)
+    # Its overloads have not all of its arguments.
+    return torch.compile(one_segment, fullgraph=True, dynamic=False, recompile_limit=GRAPHS)  # pyright: ignore[reportCallIssue]
+
+
+def _uniform(learner: Learner, carry: Carry) -> Carry:
+    """The carry in one form, so that one graph serves a call's first segment and those after it: zeros for nothing
+    pending, None for a transform that carries nothing, rows in order, and a gradient for each tensor where W_init has
+    one."""
+    traced = torch.is_grad_enabled() and any(weight.requires_grad for weight in learner.init)
+    transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def seen(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        return x if x.requires_grad or not traced or transformed else x.detach().requires_grad_()
+
+    components = []
+    for level, component in zip(learner.levels, carry.components, strict=True):
+        if level.period > 1 and component.pending is None:
+            component = component._replace(pending=[torch.zeros_like(delta) for delta in component.delta])
+        components.append(component._replace(transform=component.transform or None))
+    tree: Any = components, carry.anchor
+    components, anchor = optree.tree_map(seen, tree)
+    return carry._replace(components=components, anchor=anchor)
 
 
 def cut_pieces(
