@@ -261,10 +261,10 @@ def backend(graph, inputs):
     graphs.append(graph)
     return aot_eager(graph, inputs)
 
-compiled = torch.compile(MemoryCell._token, fullgraph=True, dynamic=False, backend=backend)
+compiled = torch.compile(MemoryCell._tokens, fullgraph=True, dynamic=False, backend=backend)
 cell._compiled = lambda: compiled
 torch.set_default_dtype(torch.float64)
-x = torch.randn(2, 9, 8, requires_grad=True)
+x = torch.randn(2, 12, 8, requires_grad=True)
 for controller in (LSTM, GRU):
     made = []
     for compiles in (False, True):
@@ -276,14 +276,14 @@ for controller in (LSTM, GRU):
         total = y.square().sum() + step.square().sum()
         made.append([y, step, *torch.autograd.grad(total, [x, *whole.parameters()])])
     torch.testing.assert_close(made[1], made[0], rtol=1e-9, atol=1e-11)
-    assert 1 <= len(graphs) <= 3, f"{len(graphs)} graphs for nine tokens"
+    assert len(graphs) == 2, f"{len(graphs)} graphs for twelve tokens and one"
     graphs.clear()
 assert not torch._dynamo.config.allow_rnn
 """
 
 
-def test_a_cell_compiles_token_by_token_in_a_few_graphs():
-    """With torch's LSTM and GRU; one graph for the first token, whose state needs no gradient, and one for the rest."""
+def test_a_cell_compiles_a_few_tokens_at_a_time_in_two_graphs():
+    """With torch's LSTM and GRU; one graph for five tokens, from the first on, and one for those that remain."""
     environment = {**os.environ, "JAXTYPING_DISABLE": "1"}
     command = [sys.executable, "-c", COMPILED_STEP]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from metamem.memory.slots import SAM, SparseOptions
+from metamem.memory.slots.content import similarity
 from metamem.memory.slots.interface import parts_of
 from metamem.memory.slots.journal import add, clear, closed, opened, take
 from metamem.memory.slots.nearest import Exact, Faiss
@@ -257,7 +258,7 @@ def test_the_search_sees_the_slots_in_use_and_no_others():
     memory = SAM(DIM, SparseOptions(**{**SMALL, "slots": 10_000}))
     seen = []
     state = memory.open(memory.init_state(2), 20)
-    state["index"].search = lambda words, keys, k: seen.append(words.shape[1]) or Exact().search(words, keys, k)
+    state["index"].search = lambda words, keys, k: seen.append(words.shape[1]) or Exact(words).search(words, keys, k)
     for _ in range(20):
         _, state, _ = memory.step(torch.randn(2, DIM), state)
     assert seen[0] <= 2 * K and seen[-1] <= 20 * (K + 1) and sorted(seen) == seen
@@ -286,8 +287,27 @@ def test_an_exact_search_is_a_stable_sort_of_cosines():
     alike = torch.cosine_similarity(keys.unsqueeze(2), words.unsqueeze(1), dim=-1)
     for k in (1, 3, 9):
         order = alike.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        assert torch.equal(Exact().search(words, keys, k), order.sort(-1).values)
-    assert Exact().search(words * torch.nan, keys, 3).shape == (2, 3, 3), "training says that it diverged, not a shape"
+        assert torch.equal(Exact(words).search(words, keys, k), order.sort(-1).values)
+    lost = words * torch.nan
+    assert Exact(lost).search(lost, keys, 3).shape == (2, 3, 3), "training says that it diverged, not a shape"
+
+
+@pytest.mark.parametrize("slots", [128 * 3, 128 * 40, 128 * 70 + 5])
+def test_a_search_by_groups_is_one_through_all_words(slots):
+    """Words of which many are alike, as those that are empty are; some changed since; rows with fewer in question."""
+    torch.manual_seed(0)
+    words, keys = (torch.randint(-2, 3, (2, count, 3)).double() for count in (slots, 4))  # sums that are exact
+    index, again = Exact(words), torch.randint(slots, (2, 50))
+    words.scatter_(1, again.unsqueeze(-1).expand(-1, -1, 3), torch.randint(-3, 4, (2, 50, 3)).double())
+    index.changed(words, again)
+    alike = similarity(words, keys)
+    for among in (None, torch.tensor([slots // 2, 3])):
+        if among is not None:
+            alike = alike.masked_fill(torch.arange(slots) >= among[:, None, None], -torch.inf)
+        for k in (1, 2, 5):
+            order = alike.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+            found = index.search(words, keys, k, among)
+            assert torch.equal(found, order.sort(-1).values)
 
 
 def test_faiss_finds_what_an_exact_search_finds():
@@ -304,7 +324,7 @@ def test_faiss_finds_what_an_exact_search_finds():
     found = index.search(words, words[:, 7:300:50] + 0.1 * torch.randn(2, 6, 16), 1)
     assert (found[..., 0] == torch.arange(7, 300, 50)).double().mean() > 0.9
     keys = torch.randn(2, 40, 16)
-    exact, approximate = Exact().search(words, keys, 4), index.search(words, keys, 4)
+    exact, approximate = Exact(words).search(words, keys, 4), index.search(words, keys, 4)
     shared = (exact.unsqueeze(-1) == approximate.unsqueeze(-2)).any(-1).double().mean()
     assert shared > 0.2 and (approximate.diff(dim=-1) > 0).all()
 

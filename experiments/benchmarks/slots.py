@@ -6,11 +6,12 @@ forward, a mean square of the output, backward.
     dnc 1.1.0     the peer (an extra: `make bench` installs it)
     LSTM alone    the controller without a memory: what no memory goes below
     eager         `memory_cell` around `dnc`
-    compiled      the same, `compile_step`: a token is one graph
+    compiled      the same, `compile_step`: five tokens are one graph
 
 SAM: input and width 128, slots of 16 numbers, 4 read heads of 4 slots, batch 16, 20 tokens, from a fresh state, as each
 training step has it. Memory is what the process grew by at its peak; beyond the slots, less the state. Beside it, not
-claimed, the same on a state of which all slots are in use.
+claimed, the same on a state of which all slots are in use: there an exact search goes through all of them at every
+token, and the gradient of the memory takes a buffer of its size.
 
 Every configuration has a process of its own, in which contenders take turns, `--rounds` times around, in seconds of the
 process itself; the best of each counts, as a shared machine only ever slows things down.
@@ -196,6 +197,14 @@ def report_sam(study: Study) -> list[Claim]:
         study.add(f"SAM, {name}, memory beyond the state", beyond, "MiB")
         cells = [1000 * values["seconds"], values["peak"], values["state"], beyond]
         rows.append([name, *(f"{cell:.1f}" for cell in cells)])
+    for full in (False, True):
+        few, many = (found[slots, full] for slots in SAMS)
+        times = many["seconds"] / few["seconds"]
+        growth = (many["peak"] - many["state"]) / (few["peak"] - few["state"])
+        rows.append([f"the many / the few{', all in use' if full else ''}", f"{times:.2f}", "", "", f"{growth:.2f}"])
+        if full:
+            study.add(f"SAM, {SAMS[1]:,} slots, all in use, seconds", times, "times", f"{SAMS[0]:,} slots", times)
+            study.add(f"SAM, {SAMS[1]:,} slots, all in use, memory", growth, "times", f"{SAMS[0]:,} slots", growth)
     study.table("A training step of SAM", ["", "ms", "peak, MiB", "state, MiB", "beyond the state, MiB"], rows)
     few, many = (found[slots, False] for slots in SAMS)
     growth = (many["peak"] - many["state"]) / (few["peak"] - few["state"])

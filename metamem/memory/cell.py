@@ -26,7 +26,11 @@ from metamem.memory.base import Memory, Out, writing
 from metamem.registry import MODULES
 from metamem.state import State, Stateful, align, tree_map
 
-Token = Callable[["MemoryCell", Tensor, State], tuple[Tensor, State, dict[str, Tensor]]]
+Tokens = Callable[["MemoryCell", Tensor, State], tuple[Tensor, State, dict[str, Tensor]]]
+
+UNROLLED = (
+    5  # tokens of a compiled graph: they share what a call costs beside its kernels, and the wait grows with them
+)
 
 
 class MemoryCellState(TypedDict):
@@ -43,7 +47,7 @@ class MemoryCell(Memory):
 
     - `dim`       of x, and of y
     - `project`   false: y_t = [h_t, r_t] itself
-    - `compile_step`   a token, controller and memories, is one compiled graph, whatever the length
+    - `compile_step`   five tokens, controller and memories, are one compiled graph, and those that remain one each
 
     aux: what the memories measure, `<name>.<measure>`. Raises ValueError for no memory, a name that torch modules use,
     a memory that does not say its dims, and `compile_step` with one that torch.compile does not take.
@@ -104,9 +108,9 @@ class MemoryCell(Memory):
     def step(self, x: Float[Tensor, "batch dim"], state: State | None = None) -> Out:
         """One token."""
         state = self.init_state(x.shape[0]) if state is None else state
-        with _step_of(self) as token:
-            given, after, aux = token(self, x, state)
-        return Out(self.output(given), after, aux)
+        with _run_of(self) as run:
+            given, after, aux = run(self, x.unsqueeze(1), state)
+        return Out(self.output(given[:, 0]), after, {name: value[:, 0] for name, value in aux.items()})
 
     def open(self, state: State, tokens: int) -> State:
         """Every memory's state, opened."""
@@ -134,14 +138,25 @@ class MemoryCell(Memory):
         if x.shape[1] == 0:
             return Out(x.new_zeros(*x.shape[:2], self.dim_out), state, {})
         state = self.open(state, x.shape[1])
-        outputs, measured = [], []
-        with _step_of(self) as token:
-            for now in x.unbind(1):
-                y, state, aux = token(self, now, state)
+        outputs, measured, compiles = [], [], _compiles(self)
+        if compiles and torch.is_grad_enabled() and not _transformed():
+            state = tree_map(_with_gradient, state)
+        with _run_of(self) as run:
+            for part in x.split(_split(x.shape[1]) if compiles else x.shape[1], 1):
+                y, state, aux = run(self, part, state)
                 outputs.append(y)
                 measured.append(aux)
-        aux = {name: torch.stack([one[name] for one in measured], 1) for name in measured[0]}
-        return Out(self.output(torch.stack(outputs, 1)), self.close(state), aux)
+        aux = {name: torch.cat([one[name] for one in measured], 1) for name in measured[0]}
+        return Out(self.output(torch.cat(outputs, 1)), self.close(state), aux)
+
+    def _tokens(self, x: Tensor, state: State) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """[h, r] of some tokens, the state after them, and what was measured at each."""
+        outputs, measured = [], []
+        for now in x.unbind(1):
+            y, state, aux = self._token(now, state)
+            outputs.append(y)
+            measured.append(aux)
+        return torch.stack(outputs, 1), state, {name: torch.stack([a[name] for a in measured], 1) for name in aux}
 
     def _token(self, x: Tensor, state: State) -> tuple[Tensor, State, dict[str, Tensor]]:
         """[h, r] of a token, the state after it, and what was measured."""
@@ -170,19 +185,43 @@ class MemoryCell(Memory):
 
 
 @functools.cache
-def _compiled() -> Token:
+def _compiled() -> Tokens:
     # A wrapper in C++ calls what a graph cannot fuse, products and sorts, without Python in between.
-    return torch.compile(MemoryCell._token, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+    options = {"cpp_wrapper": True, "size_asserts": False}
+    return torch.compile(MemoryCell._tokens, fullgraph=True, dynamic=False, options=options)
 
 
 @contextmanager
-def _step_of(cell: MemoryCell) -> Iterator[Token]:
-    """What takes a token: compiled, if asked for, and not in a graph that is compiled whole."""
-    if not cell.compile_step or torch.compiler.is_compiling():
-        yield MemoryCell._token
+def _run_of(cell: MemoryCell) -> Iterator[Tokens]:
+    """What takes some tokens: compiled, if asked for, and not in a graph that is compiled whole."""
+    if not _compiles(cell):
+        yield MemoryCell._tokens
         return
-    with torch._dynamo.config.patch(allow_rnn=True):  # torch's LSTM and GRU are read for their weights, not called
+    # torch's LSTM and GRU are read for their weights, not called; each cell, batch and rest has a graph of its own.
+    with torch._dynamo.config.patch(allow_rnn=True, recompile_limit=64):
         yield _compiled()
+
+
+def _compiles(cell: MemoryCell) -> bool:
+    return cell.compile_step and not torch.compiler.is_compiling()
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is under way, which has gradients of its own."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _split(tokens: int) -> list[int]:
+    """How many tokens each call takes: as many as a graph has, then one by one what remains."""
+    graphs, rest = divmod(tokens, UNROLLED)
+    return [UNROLLED] * graphs + [1] * rest
+
+
+def _with_gradient(value: Tensor) -> Tensor:
+    """As any token leaves it, so that the first tokens take the graph of the others."""
+    if value.requires_grad or not value.is_floating_point():
+        return value
+    return value.clone(memory_format=torch.contiguous_format).requires_grad_()
 
 
 def between(given: int, taken: int) -> nn.Module:

@@ -35,7 +35,7 @@ def opened(memory: Words) -> tuple[Words, Words]:
 
 
 def closed(words: Words, chain: Words) -> Words:
-    """The memory at the end of a loop: a tensor like any other."""
+    """The memory at the end of a loop: a tensor like any other, in the place of `words`, which are used no more."""
     return _Close.apply(chain, words)
 
 
@@ -78,7 +78,7 @@ class _Close(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Tensor, words: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        return words.clone()
+        return words.detach()
 
     @staticmethod
     @once_differentiable

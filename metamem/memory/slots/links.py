@@ -20,8 +20,11 @@ Directed = Float[Tensor, "batch writes heads slots"]
 
 def links_after(links: Links, precedence: Precedence, written: Weights) -> Links:
     """The links after a write; `precedence`: that before it."""
-    later, earlier = written.unsqueeze(-1), written.unsqueeze(-2)
-    links = torch.addcmul((1 - later - earlier) * links, later, precedence.unsqueeze(-2))
+    # w_i + w_j and w_i p_j as products: their gradients, sums over rows and over columns, are products too, where a
+    # compiled graph would run through rows and columns in one loop, transposing as it goes.
+    ones = torch.ones_like(written)
+    faded = torch.stack([written, ones], -1) @ torch.stack([ones, written], -2)
+    links = (1 - faded) * links + written.unsqueeze(-1) @ precedence.unsqueeze(-2)
     return links * (1 - torch.eye(links.shape[-1], dtype=links.dtype, device=links.device))
 
 

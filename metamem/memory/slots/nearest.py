@@ -1,6 +1,7 @@
 """Nearest neighbours: the k words of a memory that are most like a key.
 
-- `exact`   all words beside the key: the cosine with each, and the k largest
+- `exact`   all words beside the key: the cosine with each, and the k largest. Of a group of slots only the largest is
+            kept, as the k largest of all are in the k groups of the largest such; a search needs no room for the others
 - `faiss`   an inverted file of FAISS (Douze et al. 2024, arXiv 2401.08281) for every row of a batch: words in the cells
             of random directions, of which a search looks through the nearest few. Approximate. An extra:
             `pip install metamem-torch[faiss]`
@@ -19,12 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from metamem.memory.slots.content import Keys, largest, similarity
+from metamem.memory.slots.content import EPSILON, Keys, Weights, largest, norm
 
 IndexKind = Literal["exact", "faiss"]
 Words = Float[Tensor, "batch slots word"]
 Found = Int[Tensor, "batch heads k"]
 
+GROUP = 128  # slots of which the largest cosine is kept
+BLOCK = 32 * GROUP  # slots that are looked through at once: what is computed of them stays in a cache
 PROBED = 8  # cells that a search looks through
 PER_CELL = 32  # words in a cell, about
 
@@ -44,20 +47,56 @@ class Index(Protocol):
 
 
 class Exact:
-    """All words beside the key."""
+    """All words beside the key. The norms of words are kept, and follow those that change."""
 
+    def __init__(self, words: Words) -> None:
+        self.norms = torch.cat([norm(block) for block in words.detach().split(BLOCK, 1)], 1)
+
+    @torch.no_grad()
     def changed(self, words: Words, slots: Int[Tensor, "batch rows"]) -> None:
-        """Nothing: it looks at the words themselves."""
+        """The norms of these words."""
+        self.norms.scatter_(1, slots, norm(words.gather(1, slots.unsqueeze(-1).expand(-1, -1, words.shape[-1]))))
 
     @torch.no_grad()
     def search(self, words: Words, keys: Keys, k: int, among: Int[Tensor, "batch"] | None = None) -> Found:
         """The k largest cosines, exactly."""
-        alike = similarity(words, keys).nan_to_num()  # of a model that diverged any k will do
-        if among is not None:
-            there = torch.arange(words.shape[1], device=words.device) < among[:, None, None]
-            alike = alike.masked_fill(~there, -torch.inf)
-        found = largest(alike, k).nonzero()[:, -1]
-        return found.view(*keys.shape[:2], k)
+        whole = words.shape[1] // GROUP * GROUP
+        if whole <= k * GROUP:
+            return _positions(self._alike(words, keys, slice(0, words.shape[1]), among), k)
+        best = [self._alike(words, keys, at, among).unflatten(-1, (-1, GROUP)).amax(-1) for at in _blocks(whole)]
+        slots = _slots_of(_positions(torch.cat(best, -1), k), slice(whole, words.shape[1]))
+        rows = words.gather(1, slots.flatten(1).unsqueeze(-1).expand(-1, -1, words.shape[-1]))
+        norms = self.norms.gather(1, slots.flatten(1)).unflatten(1, slots.shape[1:])
+        dots = (rows.unflatten(1, slots.shape[1:]) @ keys.unsqueeze(-1)).squeeze(-1)
+        return slots.gather(-1, _positions(_among(_cosines(dots, keys, norms), slots, among), k))
+
+    def _alike(self, words: Tensor, keys: Tensor, at: slice, among: Tensor | None) -> Weights:
+        alike = _cosines(torch.bmm(keys, words[:, at].mT), keys, self.norms[:, at].unsqueeze(1))
+        return _among(alike, torch.arange(at.start, at.stop, device=words.device), among)
+
+
+def _slots_of(groups: Found, rest: slice) -> Int[Tensor, "batch heads _looked"]:
+    """The slots of some groups, and those that make no whole one."""
+    inside = torch.arange(GROUP, device=groups.device)
+    others = torch.arange(rest.start, rest.stop, device=groups.device).expand(*groups.shape[:2], -1)
+    return torch.cat([(groups.unsqueeze(-1) * GROUP + inside).flatten(2), others], -1)
+
+
+def _blocks(slots: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, slots)) for start in range(0, slots, BLOCK)]
+
+
+def _cosines(dots: Tensor, keys: Keys, norms: Tensor) -> Tensor:
+    return dots.div_((norm(keys).unsqueeze(-1) * norms).add_(EPSILON))
+
+
+def _among(alike: Tensor, slots: Tensor, among: Tensor | None) -> Tensor:
+    return alike if among is None else alike.masked_fill_(slots >= among[:, None, None], -torch.inf)
+
+
+def _positions(alike: Float[Tensor, "batch heads slots"], k: int) -> Found:
+    """Where the k largest are, in ascending order; of a model that diverged any k will do."""
+    return largest(alike.nan_to_num_(neginf=-torch.inf), k).nonzero()[:, -1].view(*alike.shape[:2], k)
 
 
 class Faiss:
@@ -99,7 +138,7 @@ class Faiss:
 
 def index_of(kind: IndexKind, words: Words, touched: int) -> Index:
     """An index of the first `touched` words, the others being empty as yet."""
-    return Exact() if kind == "exact" else Faiss(words, touched)
+    return Exact(words) if kind == "exact" else Faiss(words, touched)
 
 
 def check_index(kind: IndexKind) -> None:

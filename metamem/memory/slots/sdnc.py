@@ -20,7 +20,7 @@ from torch import Tensor
 from metamem.memory.slots.interface import Shapes, parts_of
 from metamem.memory.slots.journal import take
 from metamem.memory.slots.sam import ReadSlots, ReadWeights, SAMParts, SAMRule, SAMState
-from metamem.memory.slots.slot_memory import OPENED, Reads, Vectors
+from metamem.memory.slots.slot_memory import Reads, Vectors
 from metamem.memory.slots.sparse_links import Sparse, SparseLinks, links_after, strongest
 from metamem.memory.slots.sparse_memory import SparseMemory, SparseOptions, spread
 from metamem.registry import MODULES
@@ -151,7 +151,7 @@ class SDNC(SparseMemory):
 
     @torch.no_grad()
     def _dense(self, state: State) -> dict[str, Tensor]:
-        state = self.close(state) if OPENED in state else state
+        state = self._now(state)
         slots = self.options.slots
         links = spread(state["row_slots"], state["row_values"], slots).transpose(1, 2)
         precedence = spread(state["last"], state["precedence"], slots)

@@ -98,10 +98,16 @@ class SparseMemory(SlotMemory):
     def _traced(self, state: State) -> dict[str, Tensor]:
         return {f"trace.{name}": value for name, value in self._dense(state).items()} if self.options.trace else {}
 
+    def _now(self, state: State) -> State:
+        """What closing would give, of a loop that goes on."""
+        if OPENED not in state:
+            return state
+        return self.close({**state, **{name: state[name].clone() for name in ("words", *self.by_slot)}})
+
     @torch.no_grad()
     def _dense(self, state: State) -> dict[str, Tensor]:
         """The memory, and for every slot its last use and its weights."""
-        state = self.close(state) if OPENED in state else state
+        state = self._now(state)
         slots = self.options.slots
         return {
             "memory": state["memory"],

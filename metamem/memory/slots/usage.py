@@ -35,10 +35,11 @@ def allocation(usage: Usage) -> Usage:
     """A weight that is near 1 at the least used slot, the lowest of equal ones; 0 everywhere where all are in use."""
     usage = EPSILON + (1 - EPSILON) * usage
     if usage.shape[-1] <= PAIRWISE:
-        mine, other = usage.unsqueeze(-1), usage.unsqueeze(-2)
-        lower = torch.ones_like(mine * other, dtype=torch.bool).tril(-1)
-        before = (other < mine) | ((other == mine) & lower)
-        return (1 - usage) * torch.exp((before * other.log()).sum(-1))
+        # Which slot comes before which, in numbers: masks of a bit each would be combined one by one.
+        mine, other = usage.detach().unsqueeze(-1), usage.detach().unsqueeze(-2)
+        lower = torch.ones_like(mine * other).tril(-1)
+        before = (other < mine).to(usage.dtype) + (other == mine).to(usage.dtype) * lower
+        return (1 - usage) * torch.exp((before @ usage.log().unsqueeze(-1)).squeeze(-1))
     ordered, slots = usage.sort(dim=-1, stable=True)
     logs = ordered.log()
     shares = (1 - ordered) * torch.exp(logs.cumsum(-1) - logs)
