@@ -39,8 +39,7 @@ def norm(x: Float[Tensor, "*batch word"]) -> Float[Tensor, "*batch"]:
 def similarity(memory: Slots, keys: Keys) -> Weights:
     """The cosine of every key with every slot."""
     lengths = norm(keys).unsqueeze(-1) * norm(memory).unsqueeze(-2)
-    # In this order the gradient of the memory comes in its own layout, and only what is small is transposed.
-    return torch.bmm(memory, keys.mT).mT / (lengths + EPSILON)
+    return torch.bmm(keys, memory.mT) / (lengths + EPSILON)
 
 
 def similarity_of(rows: Float[Tensor, "batch heads k word"], keys: Keys) -> Float[Tensor, "batch heads k"]:

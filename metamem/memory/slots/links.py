@@ -36,5 +36,4 @@ def precedence_after(precedence: Precedence, written: Weights) -> Precedence:
 def directed(links: Links, read: Weights) -> tuple[Directed, Directed]:
     """Where each link takes each read head: forward, and backward."""
     heads = read.unsqueeze(1)
-    # (L w)ᵀ and not w Lᵀ: the gradient of the links comes in their own layout.
-    return (links @ heads.mT).mT, heads @ links
+    return heads @ links.mT, heads @ links
