@@ -20,23 +20,26 @@ from metamem.config import Config, load_config, to_dict
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = "experiment/algorithmic"
+COMPILE = "network.modules.blocks.modules.memory.compile_step=true"
+COMPILED_FROM = 2000  # updates of a training that make up for the wait for compiled graphs
 
 
 @dataclass(frozen=True)
 class Row:
-    """A memory: its preset in configs/memory, whether it needs a controller, and what of it is changed."""
+    """A memory: its preset in configs/memory, if it needs a controller, what of it is changed, and if it compiles."""
 
     name: str
     preset: str
     controlled: bool = False
     overrides: tuple[str, ...] = ()
+    compiles: bool = False
 
 
 ROWS = {
     row.name: row
     for row in (
-        Row("DNC", "dnc", controlled=True, overrides=("vars.memory.read_heads=1",)),
-        Row("NTM", "ntm", controlled=True, overrides=("vars.memory.read_heads=1",)),
+        Row("DNC", "dnc", controlled=True, overrides=("vars.memory.read_heads=1",), compiles=True),
+        Row("NTM", "ntm", controlled=True, overrides=("vars.memory.read_heads=1",), compiles=True),
         Row("SAM", "sam", controlled=True, overrides=("vars.memory.read_heads=1",)),
         Row("SDNC", "sdnc", controlled=True, overrides=("vars.memory.read_heads=1",)),
         Row("MNM-g", "mnm_g"),
@@ -56,11 +59,14 @@ def config_of(row: Row, network: str, task: str, overrides: Iterable[str], seed:
         return load_config(path, [*row.overrides, *overrides, f"seed={seed}"])
 
 
-def cell_of(row: Row, network: str, task: str, overrides: Iterable[str], seed: int) -> Cell:
-    """The cell of a row on a task, named after both; its fingerprint is that of all that its config says."""
+def cell_of(row: Row, network: str, task: str, overrides: Sequence[str], seed: int) -> Cell:
+    """The cell of a row on a task, named after both; its fingerprint is that of all that its config says, but for
+    whether it is compiled, which changes the time alone."""
     config = config_of(row, network, task, overrides, seed)
     identity = json.dumps(to_dict(replace(config, name="")), sort_keys=True, default=str)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    if row.compiles and config.training.steps >= COMPILED_FROM:
+        config = config_of(row, network, task, [*overrides, COMPILE], seed)
     slug = f"{task}-{row.preset}-seed{seed}-{fingerprint[:6]}"
     factors = {"memory": row.name, "task": task}
     return Cell(f"{row.name} on {task}", task, factors, {}, seed, replace(config, name=slug), fingerprint)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments import algorithmic_tasks, copy_task
+from experiments import algorithmic_tasks, copy_task, memory_rows
 from experiments.copy_task import SMALL, Lengths, claims, summary, worst_bits
 from experiments.memory_rows import ROWS, run_cells
 from metamem import build, build_task
@@ -30,6 +30,17 @@ def test_a_row_on_copy_is_its_memory_with_room_for_the_longest(row):
     assert list(task.settings.values()) == [8, 1, 2, 3, 4, 5, 6, 7, 16, 64]
     assert (cell.seed, cell.config.seed, cell.config.training.length) == (3, 3, 18)
     assert model.dim_in == task.dim_in and model.dim_out == task.dim_out
+
+
+@pytest.mark.parametrize(("row", "compiles"), [("DNC", True), ("SAM", False)])
+def test_a_long_training_compiles_what_can_be_and_is_the_same_cell(row, compiles, monkeypatch):
+    cells = []
+    for least in (memory_rows.COMPILED_FROM, 10_000):
+        monkeypatch.setattr(memory_rows, "COMPILED_FROM", least)
+        cells.append(copy_task.cell(ROWS[row], 0, steps=8000, every=100, lengths=SMALL, examples=2))
+    assert cells[0].fingerprint == cells[1].fingerprint and cells[0].config.name == cells[1].config.name
+    steps = [build(cell.config).blocks.get_submodule("0").memory.compile_step for cell in cells]
+    assert steps == [compiles, False]
 
 
 @pytest.mark.parametrize("name", algorithmic_tasks.TASKS)
