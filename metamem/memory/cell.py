@@ -187,8 +187,12 @@ class MemoryCell(Memory):
 @functools.cache
 def _compiled() -> Tokens:
     # A wrapper in C++ calls what a graph cannot fuse, products and sorts, without Python in between.
-    options = {"cpp_wrapper": True, "size_asserts": False}
-    return torch.compile(MemoryCell._tokens, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(
+        MemoryCell._tokens,
+        fullgraph=True,
+        dynamic=False,
+        options={"cpp_wrapper": True, "size_asserts": False},
+    )
 
 
 @contextmanager

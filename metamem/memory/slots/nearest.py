@@ -27,6 +27,7 @@ Words = Float[Tensor, "batch slots word"]
 Found = Int[Tensor, "batch heads k"]
 
 GROUP = 128  # slots of which the largest cosine is kept
+FEW = 16  # groups, up to which looking at every word is as fast
 BLOCK = 32 * GROUP  # slots that are looked through at once: what is computed of them stays in a cache
 PROBED = 8  # cells that a search looks through
 PER_CELL = 32  # words in a cell, about
@@ -61,7 +62,7 @@ class Exact:
     def search(self, words: Words, keys: Keys, k: int, among: Int[Tensor, "batch"] | None = None) -> Found:
         """The k largest cosines, exactly."""
         whole = words.shape[1] // GROUP * GROUP
-        if whole <= k * GROUP:
+        if whole <= max(k, FEW) * GROUP:
             return _positions(self._alike(words, keys, slice(0, words.shape[1]), among), k)
         best = [self._alike(words, keys, at, among).unflatten(-1, (-1, GROUP)).amax(-1) for at in _blocks(whole)]
         slots = _slots_of(_positions(torch.cat(best, -1), k), slice(whole, words.shape[1]))
