@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -342,9 +342,17 @@ def trace(
 
 @app.command()
 @user_errors
-def schema() -> None:
+def schema(
+    of: Annotated[
+        Literal["config", "episodes"], typer.Option(help="Of a config, or of a meta-training over tasks.")
+    ] = "config",
+) -> None:
     """Print a JSON Schema of the config, for editors, with the options of everything registered."""
     register_shipped()
+    if of == "episodes":
+        from metamem.episodes.json_schema import episodes_schema
+
+        return typer.echo(json.dumps(episodes_schema(), indent=2))
     from metamem.config.json_schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))

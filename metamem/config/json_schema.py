@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from metamem.config.convert import ONE_OR_MORE, ByName, Range, key_of, schema_fields
@@ -23,21 +24,40 @@ _BOUNDS = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum", "be
 def json_schema() -> Schema:
     """The schema of a config file, with the options of everything that is registered."""
     definitions: Schema = {}
-    root = _schema(Config, definitions)
-    top = definitions.pop(root["$ref"].rpartition("/")[2])
-    files = _schema(str, definitions)
-    top["properties"]["extends"] = {"anyOf": [files, {"type": "array", "items": files}]}
-    top["properties"]["task"] = _entries(TASKS, definitions)
-    definitions["Module"] = _entries(MODULES, definitions)
+    top = _top(Config, definitions)
+    top["properties"]["task"] = entries(TASKS, definitions)
+    definitions["Module"] = entries(MODULES, definitions)
     definitions[NetworkConfig.__name__]["properties"]["modules"]["additionalProperties"] = {
         "anyOf": [_ref("Module"), _REFERENCE]
     }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "metamem config",
-        **top,
-        "$defs": definitions,
-    }
+    return _document("metamem config", top, definitions)
+
+
+def schema_of(cls: Any, title: str, registries: Mapping[str, Registry[Any]], paths: Collection[str] = ()) -> Schema:
+    """The schema of a file that a dataclass describes; `registries`: of what its keys name an entry, in `paths` those
+    that may also be a dotted path of the user's own, with any options."""
+    definitions: Schema = {}
+    top = _top(cls, definitions)
+    for key, registry in registries.items():
+        named = entries(registry, definitions)
+        if key in paths:
+            dotted = {"type": "string", "pattern": r"\."}
+            own = {"type": "object", "properties": {registry.key: dotted}, "required": [registry.key]}
+            named = {"anyOf": [*named["anyOf"], own]}
+        top["properties"][key] = named
+    return _document(title, top, definitions)
+
+
+def _top(cls: Any, definitions: Schema) -> Schema:
+    root = _schema(cls, definitions)
+    top = definitions.pop(root["$ref"].rpartition("/")[2])
+    files = _schema(str, definitions)
+    top["properties"]["extends"] = {"anyOf": [files, {"type": "array", "items": files}]}
+    return top
+
+
+def _document(title: str, top: Schema, definitions: Schema) -> Schema:
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **top, "$defs": definitions}
 
 
 def _ref(name: str) -> Schema:
@@ -106,7 +126,7 @@ def _dataclass(cls: Any, definitions: Schema, in_list: bool) -> Schema:
     return {**_ref(cls.__name__), **({"required": required} if in_list and required else {})}
 
 
-def _entries(registry: Registry[Any], definitions: Schema) -> Schema:
+def entries(registry: Registry[Any], definitions: Schema) -> Schema:
     """Of each registered name its options; and, for a file that changes another's entry, options without the name."""
     entries = []
     for name in registry:
