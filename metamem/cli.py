@@ -161,27 +161,44 @@ def _train_episodes(path: Path, overrides: list[str], runs: Path, resumed: dict[
 @app.command()
 @user_errors
 def adapt(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    text: Annotated[Path, typer.Option("--input", metavar="PATH", help="A UTF-8 file or a folder of them.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A run's folder, or one of a transformers causal language model.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of its config: adaptation.guards.drift=0.5"),
+    ] = None,
+    text: Annotated[
+        Path, typer.Option("--input", metavar="PATH", help="A UTF-8 file, a folder of them, or - for standard input.")
+    ] = Path("-"),
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="How a transformers model adapts (configs/adapt/).")
+    ] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Nothing learns: no memory is written.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Run the frozen model beside, on every byte.")] = False,
+    jsonl: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a row of JSON for every piece.")] = None,
     load_state: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on from a saved session.")] = None,
-    save_state: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the session at the end.")] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the session at the end, or at Ctrl-C.")
+    ] = None,
 ) -> None:
-    """Stream a text through a trained model that goes on learning from it; prints bits per byte along the way."""
-    from metamem.adaptation import Session
-    from metamem.progress import stream_table
-    from metamem.tasks import load_text
-    from metamem.training import load_run
+    """Stream text through a model that goes on learning from it, as it arrives; prints bits per byte along the way."""
+    from metamem.adaptation.live import watch
+    from metamem.adaptation.opening import open_model
+    from metamem.adaptation.session import Session
+    from metamem.adaptation.stream import Source
 
     register_shipped()
-    if save_state is not None:
-        check_writable(save_state)
-    model, config = load_run(run)
-    stream = load_text(text)
-    session = Session(model, config, inner=not frozen, writing=not frozen)
+    for path in filter(None, (save_state, jsonl)):
+        check_writable(path)
+    model, resolved, tokens = open_model(folder, config, overrides or [])
+    session = Session(model, resolved, inner=not frozen, writing=not frozen)
+    source = Source(text, session.loop.piece or 512)
     if load_state is not None:
         session.load(load_state)
-    stopped = stream_table(session, stream, "frozen" if frozen else "adapting")
+    beside = Session(model, resolved, inner=False) if compare else None
+    stopped = watch(session, source, tokens, "frozen" if frozen else "adapting", source.total, jsonl, beside)
+    typer.echo(f"state: {session.state_bytes:,} bytes")
     if save_state is not None:
         session.save(save_state)
         typer.echo(f"the session is saved in {save_state}")

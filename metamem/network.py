@@ -21,6 +21,7 @@ from metamem.config.schema import ConnectionConfig, RouterConfig
 from metamem.globs import matches
 from metamem.hierarchy import learned_rates, token_levels
 from metamem.layers import Gate
+from metamem.low_rank import add_low_rank
 from metamem.memory import cell, context, gated_residual, persistent_tokens, slots  # noqa: F401  (they register kinds)
 from metamem.memory.base import Out
 from metamem.memory.fast_weights import FastWeights
@@ -64,6 +65,8 @@ def build(config: Config) -> Network:
             "gates what fast_weights write, and no such memory is in its groups; set hierarchy.router to null"
         )
     _check_length(config, network)
+    if config.adaptation.low_rank is not None:
+        add_low_rank(network, config.adaptation.low_rank, config.seed)
     if rates := learned_rates(config, network):
         network.add_module("inner_rates", rates)
     if any(measured_objectives(config).values()):

@@ -1,28 +1,17 @@
-"""What a person sees while it works: a bar over training steps or over cells, a table along a stream."""
+"""What a person sees while it works: a bar over training steps, over cells, over episodes."""
 
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
-from jaxtyping import UInt8
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import Tensor
 
-from metamem.adaptation import Session
 from metamem.analysis.ablation import AblationProgress
 from metamem.episodes.training import EpisodesProgress
 from metamem.training import Progress as Step
-from metamem.training.loop import interruptible
-
-ROWS = 16  # of a stream's table
 
 
 @contextmanager
@@ -91,33 +80,3 @@ def episodes_bar() -> Iterator[Callable[[EpisodesProgress], None]]:
             bar.update(task, total=step.steps, completed=step.step, loss=loss)
 
         yield show
-
-
-def stream_table(session: Session, stream: UInt8[Tensor, "bytes"], title: str) -> bool:
-    """Feeds a stream to a session, a table growing as it goes; True where Ctrl-C stopped it (the session is whole)."""
-    table = Table(title=title, caption_justify="left")
-    for heading in ("bytes", "bits/byte", "so far", "updates", "bytes/s"):
-        table.add_column(heading, justify="right")
-    piece = session.loop.piece or 512
-    every = max(piece, math.ceil(len(stream) / ROWS / piece) * piece)
-    losses, updates, started, stopped = [], 0, time.perf_counter(), False
-    console = Console() if sys.stdout.isatty() else Console(width=100)
-    with Live(table, console=console, refresh_per_second=4), interruptible() as pressed:
-        for start in range(0, len(stream), piece):
-            observed = session.observe(stream[None, start : start + piece].long())
-            losses.append(observed.losses)
-            updates += observed.updates
-            read = min(start + piece, len(stream))
-            stopped = bool(pressed) and read < len(stream)
-            if read % every == 0 or read == len(stream) or stopped:
-                here = torch.cat(losses, 1)[0] / math.log(2)
-                rate = f"{read / (time.perf_counter() - started):,.0f}"
-                last = here[-every:].mean()
-                table.add_row(f"{read:,}", f"{last:.3f}", f"{here.mean():.3f}", str(updates), rate)
-            if stopped:
-                table.caption = f"stopped after {session.position:,} bytes"
-                break
-    if not console.is_terminal:  # there, the table has ended its line
-        console.print()
-    console.print(f"state: {session.state_bytes:,} bytes")
-    return stopped

@@ -7,6 +7,7 @@ State goes in and comes out, is never mutated, and no module keeps it:
 - `Stateful`      the protocol: `init_state`, `reset_state(rows)`, `detach_state`
 - `tree_map`      applies a function to every tensor of one or more states
 - `save_state`, `load_state`   safetensors on disk with a checksum, never pickle
+- `fingerprint`   a checksum of a module's weights
 """
 
 from __future__ import annotations
@@ -159,6 +160,11 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A checksum of a module's weights and buffers: of another module, or another training, it is another."""
+    return _checksum({name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}, {})
 
 
 def check_like(state: State, expected: State, where: str) -> None:

@@ -12,6 +12,7 @@ from small_models import close, inner_level, recurrent, shaken, small_quickstart
 
 from losses.outer import next_token
 from metamem import Session, UserError, load_state, save_state
+from metamem.config import AdaptationConfig
 from metamem.state import StateError, flatten, state_bytes
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -302,29 +303,100 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(other, model, c
     same(contents(session, tmp_path), before)
 
 
+def test_a_state_of_another_training_is_refused_though_all_shapes_agree(model, config, tokens, tmp_path):
+    foreign = shaken(config)
+    with torch.no_grad():
+        foreign.head.weight[0, 0] += 1e-9
+    Session(foreign, config).save(tmp_path / "s")
+    session = Session(model, config)
+    session.observe(tokens[:, :7])
+    before = contents(session, tmp_path)
+    with pytest.raises(StateError, match="it is of another model: one of these shapes, with other weights"):
+        session.load(tmp_path / "s")
+    same(contents(session, tmp_path), before)
+
+
 def test_a_file_that_is_no_session_is_refused(model, config, tokens, tmp_path):
     session = Session(model, config)
     session.observe(tokens)
     session.save(tmp_path / "s")
-    (tmp_path / "cut").write_bytes((tmp_path / "s").read_bytes()[:-100])
+    written = (tmp_path / "s").read_bytes()
+    (tmp_path / "cut").write_bytes(written[:-100])
+    (tmp_path / "flipped").write_bytes(written[:-9] + bytes([written[-9] ^ 1]) + written[-8:])
+    (tmp_path / "moved").write_bytes(written.replace(b'"position":"19"', b'"position":"18"'))
+    (tmp_path / "unsealed").write_bytes(written.replace(b'"sha256"', b'"sha265"'))
     (tmp_path / "text").write_text("not a state")
     save_state(model.init_state(1), tmp_path / "memories")
+    assert all((tmp_path / name).read_bytes() != written for name in ("flipped", "moved", "unsealed"))
     before = contents(session, tmp_path)
-    for name in ("cut", "text", "memories", "missing"):
+    for name in ("cut", "flipped", "moved", "unsealed", "text", "memories", "missing"):
         with pytest.raises(StateError, match=name) as error:
             session.load(tmp_path / name)
         assert len(str(error.value).splitlines()) == 1
         same(contents(session, tmp_path), before)
 
 
+# Many sessions
+
+
+def test_a_fork_goes_on_by_itself_and_leaves_its_parent_untouched(model, config, tokens, tmp_path):
+    parent, alone = Session(model, config), Session(model, config)
+    for session in (parent, alone):
+        session.observe(tokens[:, :6])  # in mid-period
+    before = contents(parent, tmp_path)
+    child = parent.fork()
+    child.observe(torch.randint(VOCABULARY, (1, 23)))
+    same(contents(parent, tmp_path), before)
+    second = parent.fork()
+    expected = alone.observe(tokens[:, 6:]).losses
+    assert torch.equal(second.observe(tokens[:, 6:]).losses, expected)
+    assert torch.equal(parent.observe(tokens[:, 6:]).losses, expected)
+    same(contents(parent, tmp_path), contents(alone, tmp_path))
+
+
+def test_ten_sessions_at_once_are_each_as_if_alone(model, config, tmp_path):
+    streams = torch.randint(VOCABULARY, (10, 1, 24))
+    options = [{"inner": index % 3 > 0, "writing": index % 4 > 0} for index in range(10)]
+    sessions = [Session(model, config, **each) for each in options]
+    together = [[] for _ in sessions]
+    for start in range(0, 24, 8):
+        for found, session, stream in zip(together, sessions, streams, strict=True):
+            found.append(session.observe(stream[:, start : start + 8]).losses)
+    for found, session, stream, each in zip(together, sessions, streams, options, strict=True):
+        alone = Session(model, config, **each)
+        expected = [alone.observe(stream[:, start : start + 8]).losses for start in range(0, 24, 8)]
+        assert torch.equal(torch.cat(found, 1), torch.cat(expected, 1))
+        same(contents(session, tmp_path), contents(alone, tmp_path))
+
+
+@pytest.mark.parametrize("options", [{}, {"inner": False}, {"reset_every": 5}])
+def test_predict_is_the_distribution_that_the_next_token_is_charged_by(options, model, config, tokens, tmp_path):
+    session = Session(model, config, **options)
+    for t in range(12):
+        before = contents(session, tmp_path)
+        probabilities = session.predict()
+        same(contents(session, tmp_path), before)
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(1))
+        loss = session.observe(tokens[:, t : t + 1]).losses
+        torch.testing.assert_close(-probabilities[:, tokens[0, t]].log(), loss[:, 0])
+
+
+@pytest.mark.parametrize(("tokens", "message"), [([[1], [2]], "not 2: set batch"), ([[7]], "token 7"), ([[-1]], "-1")])
+def test_tokens_that_no_model_could_read_are_refused(tokens, message, model, config):
+    with pytest.raises(UserError, match=message):
+        Session(model, config).observe(torch.tensor(tokens))
+
+
 # What is not finite
 
 
 @pytest.mark.parametrize("options", [{}, {"inner": False}, {"reset_every": 6}], ids=["", "frozen", "reset"])
-def test_a_loss_that_is_not_finite_is_refused_and_the_session_stays_as_it_was(options, model, config, tmp_path):
+def test_without_guards_a_loss_that_is_not_finite_is_an_error_and_the_session_as_it_was(
+    options, model, config, tmp_path
+):
     with torch.no_grad():
         model.embed.weight[6] = torch.nan
-    session = Session(model, config, **options)
+    session = Session(model, config, **options, adaptation=AdaptationConfig(guards=None))
     session.observe(torch.tensor([[0, 1, 2, 3, 4, 5]]))
     before = contents(session, tmp_path)
     with pytest.raises(UserError, match=r"token 6: the loss is not finite; the session stays as it was before it"):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import metamem.cli as cli
 from metamem import Session, load_run, load_state, save_state
+from metamem.adaptation.stream import arriving
 from metamem.tasks import load_text
 from metamem.training.checkpoint import FOLDER as CHECKPOINTS
 from metamem.training.run_folder import CHECKPOINT, CONFIG, METRICS
@@ -54,9 +55,9 @@ def files():
 
 
 def table(output):
-    """The rows of numbers that `adapt` prints: bytes, bits here, bits so far, updates."""
-    rows = [re.split(r"[│┃]", line)[1:-1] for line in output.splitlines() if "│" in line]
-    return [[float(cell.replace(",", "")) for cell in row] for row in rows]
+    """The rows that `adapt` prints: bytes, bits here, bits so far, gain (nan: unknown), updates, refused, bytes/s."""
+    rows = [re.findall(r"[\d,.+–-]+", line) for line in output.splitlines() if re.fullmatch(r"( *[\d,.+–-]+){7}", line)]
+    return [[float(cell.replace(",", "").replace("–", "nan")) for cell in row] for row in rows]
 
 
 # What they do
@@ -83,7 +84,7 @@ def test_adapt_prints_a_table_of_what_a_session_observes(trained):
     session = Session(model, config)
     observed = session.observe(load_text("text.txt")[None].long())
     assert rows[-1][2] == pytest.approx(observed.bits_per_token, abs=1e-3)
-    assert rows[-1][3] == observed.updates == 62
+    assert rows[-1][4] == observed.updates == 62 and rows[-1][5] == 0
     assert result.stdout.splitlines()[-1] == f"state: {session.state_bytes:,} bytes"
     assert files().keys() == {Path("c.yaml"), Path("text.txt")}, "adapt leaves nothing that it was not asked for"
 
@@ -91,7 +92,7 @@ def test_adapt_prints_a_table_of_what_a_session_observes(trained):
 def test_frozen_is_another_thing_than_adapting_and_makes_no_update(trained):
     adapting = table(invoke("adapt", trained, "--input", "text.txt").stdout)[-1]
     frozen = table(invoke("adapt", trained, "--input", "text.txt", "--frozen").stdout)[-1]
-    assert frozen[3] == 0 and frozen[2] != adapting[2]
+    assert frozen[4] == 0 and frozen[2] != adapting[2]
     model, config = load_run(trained)
     session = Session(model, config, inner=False, writing=False)
     bits = session.observe(load_text("text.txt")[None].long()).bits_per_token
@@ -129,7 +130,7 @@ def test_a_folder_of_texts_is_read_as_one(trained):
 def test_a_text_of_one_byte_is_enough_to_adapt_to(trained):
     Path("one").write_text("a")
     result = invoke("adapt", trained, "--input", "one")
-    assert result.exit_code == 0 and [row[:4] for row in table(result.stdout)] == [[1, 8, 8, 0]]
+    assert result.exit_code == 0 and [row[:3] for row in table(result.stdout)] == [[1, 8, 8]]
 
 
 # What they refuse
@@ -254,14 +255,128 @@ def other(trained, tmp_path_factory):
     return folder / "c"
 
 
-def test_a_weight_that_is_not_a_number_ends_adapt_in_one_line(run):
+@pytest.fixture
+def broken(run):
+    """A run in which a letter's embedding is not a number."""
     weights, metadata = load_state(run / CHECKPOINT)
     weights["embed.weight"][ord("w")] = torch.nan
     save_state(weights, run / CHECKPOINT, metadata)
-    result = invoke("adapt", run, "--input", "text.txt", "--save-state", "s")
+    Path("little.txt").write_text(Path("text.txt").read_text()[:300])
+    return run
+
+
+def test_a_weight_that_is_not_a_number_ends_adapt_in_one_line_where_there_are_no_guards(broken):
+    result = invoke("adapt", broken, "adaptation.guards=null", "--input", "little.txt", "--save-state", "s")
     assert result.exit_code == 2 and not Path("s").exists()
     assert result.stderr.splitlines()[-1].startswith("token ") and "the loss is not finite" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_with_guards_it_goes_on_and_counts(broken):
+    result = invoke("adapt", broken, "--input", "little.txt", "--save-state", "s", "--jsonl", "rows")
+    assert result.exit_code == 0 and Path("s").exists(), result.output
+    rows = [json.loads(line) for line in Path("rows").read_text().splitlines()]
+    reasons = [reason for row in rows for reason in row["refused"]]
+    assert reasons.count("input not finite") == Path("little.txt").read_text().count("w")
+    assert table(result.stdout)[-1][5] == len(reasons)
+
+
+# As it arrives
+
+
+def test_standard_input_is_read_as_a_file_is(trained):
+    text = Path("text.txt").read_bytes()[:1000]
+    Path("file").write_bytes(text)
+    of_file = invoke("adapt", trained, "--input", "file", "--jsonl", "a")
+    piped = CliRunner().invoke(cli.app, ["adapt", str(trained), "--input", "-", "--jsonl", "b"], input=text)
+    assert piped.exit_code == 0, piped.output
+    rows = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in "ab"]
+    assert len(rows[0]) == 16 and {
+        "position",
+        "bytes",
+        "bits_per_byte",
+        "frozen_bits_per_byte",
+        "updates",
+        "refused",
+    } <= (rows[0][0].keys())
+    for one, other in zip(*rows, strict=True):
+        assert {**one, "bytes_per_second": 0} == {**other, "bytes_per_second": 0}
+    assert table(piped.stdout)[-1][:3] == table(of_file.stdout)[-1][:3]
+
+
+def test_the_gain_over_frozen_is_that_of_a_session_that_does_not_learn(trained):
+    Path("little.txt").write_text(Path("text.txt").read_text()[:640])
+    row = table(invoke("adapt", trained, "--input", "little.txt", "--compare").stdout)[-1]
+    model, config = load_run(trained)
+    bits = []
+    for inner in (False, True):
+        session = Session(model, config, inner=inner)
+        parts = load_text("little.txt")[None].long().split(64, 1)
+        bits.append(torch.cat([session.observe(part).losses for part in parts], 1).mean() / torch.tensor(2.0).log())
+    assert row[2] == pytest.approx(float(bits[1]), abs=1e-3) and row[3] == pytest.approx(
+        float(bits[0] - bits[1]), abs=2e-3
+    )
+
+
+def test_overrides_change_how_a_run_adapts(trained):
+    Path("little.txt").write_text(Path("text.txt").read_text()[:640])
+    options = ["--input", "little.txt"]
+    low_rank = ["adaptation.low_rank={match: ['blocks.*.mlp.*.weight']}", "hierarchy.groups.all.match=['**.0.*']"]
+    of = ["hierarchy.groups.rest={match: '**', scope: meta}", "hierarchy.levels.task.groups=[rest]"]
+    assert table(invoke("adapt", trained, "hierarchy.levels.stream.period=128", *options).stdout)[-1][4] == 5
+    result = invoke("adapt", trained, *low_rank, *of, *options)
+    assert result.exit_code == 0, result.output
+    assert table(result.stdout)[-1][4] == 10
+    wrong = invoke("adapt", trained, "adaptation.guards.drft=1", *options)
+    assert wrong.exit_code == 2 and "did you mean 'drift'?" in wrong.stderr
+
+
+def test_a_pipe_is_read_as_it_arrives_and_may_cut_characters():
+    reading, writing = os.pipe()
+    text = "wörd und wört ".encode()
+    with open(reading, "rb", buffering=0) as file:
+        pieces = arriving(file, piece=8, patience=0.01)
+        os.write(writing, text[:2])  # half of ö
+        assert next(pieces) == text[:2], "what there is, when nothing more came"
+        assert next(pieces) == b"", "nothing came, and the pipe is open"
+        os.write(writing, text[2:])
+        assert next(pieces) == text[2:10]
+        os.close(writing)
+        assert b"".join(pieces) == text[10:]
+
+
+def test_a_slow_pipe_is_shown_before_its_end_and_ctrl_c_saves(trained, tmp_path):
+    command = [sys.executable, "-m", "metamem.cli", "adapt", str(trained), "--input", "-", "--jsonl", "rows"]
+    environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1", "JAXTYPING_DISABLE": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    rows = tmp_path / "rows"
+    with subprocess.Popen([*command, "--save-state", "s"], cwd=tmp_path, env=environment, **pipes) as process:
+        process.stdin.write(Path("text.txt").read_bytes()[:100])
+        process.stdin.flush()
+        deadline = time.monotonic() + 300
+        while not (rows.exists() and '"bytes": 100' in rows.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors
+    assert b"stopped after 100 bytes" in output and b"the session is saved in s" in output
+    assert load_state(Path("s"))[1]["position"] == "100"
+
+
+def test_a_model_of_transformers_adapts_from_its_folder():
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    lm = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    lm.save_pretrained("lm")
+    Path("little.txt").write_text(Path("text.txt").read_text()[:400])
+    result = invoke("adapt", "lm", "--input", "little.txt", "--save-state", "s")
+    assert result.exit_code == 0, result.output
+    assert table(result.stdout)[-1][0] == 400 and table(result.stdout)[-1][4] == 3
+    again = invoke(
+        "adapt", "lm", "--input", "little.txt", "--load-state", "s", "--config", CONFIGS / "adapt/low_rank.yaml"
+    )
+    assert again.exit_code == 2 and "it is of another model" in again.stderr
 
 
 # Ctrl-C

@@ -18,10 +18,11 @@ WHOLE = sorted(path for folder in ("", "algorithmic", "wiring") for path in (CON
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
 STUDIES = {path for path in (CONFIGS / "experiment").glob("*.yaml") if is_ablation(path)}  # each has a test of its own
 EPISODES = CONFIGS.glob("episodes/*.yaml")  # whole, of a schema of their own: tests/test_episode_training.py
-FRAGMENTS = sorted({*CONFIGS.glob("*/*.yaml")} - {*WHOLE, *ABLATIONS, *STUDIES, *EPISODES})
+ADAPT = CONFIGS.glob("adapt/*.yaml")  # whole, of a schema of their own: tests/test_hugging_face.py
+FRAGMENTS = sorted({*CONFIGS.glob("*/*.yaml")} - {*WHOLE, *ABLATIONS, *STUDIES, *EPISODES, *ADAPT})
 MEMORIES = sorted((CONFIGS / "memory").glob("*.yaml"))
 NETWORKS = ("memory_lm", "fast_weights_lm")
-SMALL = {"dim": 16, "blocks": 1}
+SMALL = {"dim": 16, "blocks": 1, "last": 0}
 SMALL_TASKS = {
     "copy": ["task.lengths=[1, 3]", "task.tested=[5]", "task.examples=2"],
     "repeat_copy": ["task.lengths=[1, 2]", "task.repeats=[1, 2]", "task.tested=[[3, 3]]", "task.examples=2"],

@@ -46,6 +46,7 @@ NAMES = [
 ]
 PACKAGES = [
     "metamem",
+    "metamem.adaptation",
     "metamem.analysis",
     "metamem.config",
     "metamem.controllers",

@@ -12,11 +12,16 @@ from metamem.config.errors import ConfigError, UserError, Where
 from metamem.config.load import has_key, load_as, load_config, to_yaml
 from metamem.config.resolve import objective_gradient, resolve_objective
 from metamem.config.schema import (
+    AdaptationConfig,
+    AdaptConfig,
     Config,
     ConnectionConfig,
+    FallbackConfig,
     GroupConfig,
+    GuardsConfig,
     HierarchyConfig,
     LevelConfig,
+    LowRankConfig,
     NetworkConfig,
     OptimizerConfig,
     RouterConfig,
@@ -43,6 +48,11 @@ __all__ = [
     "RouterConfig",
     "OptimizerConfig",
     "TrainingConfig",
+    "AdaptationConfig",
+    "AdaptConfig",
+    "GuardsConfig",
+    "FallbackConfig",
+    "LowRankConfig",
     "network_config",
     "resolve_objectives",
     "resolve_objective",

@@ -17,6 +17,7 @@ from metamem.config.resolve import MEASURED, Objective, resolve_objective, stati
 from metamem.config.schema import (
     CLOCKS,
     OUTER_CLOCKS,
+    AdaptConfig,
     Config,
     ConnectionConfig,
     HierarchyConfig,
@@ -195,7 +196,7 @@ def _pace(level: LevelConfig) -> str:
     return f"{level.clock}/{level.period}"
 
 
-def resolve_objectives(config: RunConfig) -> dict[str, dict[Objective, float]]:
+def resolve_objectives(config: RunConfig | AdaptConfig) -> dict[str, dict[Objective, float]]:
     """Level -> objective function, of predictions and targets -> weight; a `ConfigError` for a path that names no
     function, and for an objective of routers in a level that is inside the forward pass."""
     found: dict[str, dict[Objective, float]] = {}

@@ -21,9 +21,9 @@ from metamem.config.errors import Where, nearest
 from metamem.config.nodes import Node
 from metamem.config.overrides import Override, apply_overrides
 from metamem.config.references import escape, interpolate
-from metamem.config.schema import Config, RunConfig, to_dict
+from metamem.config.schema import Config, Located, RunConfig, to_dict
 
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound=Located)
 
 
 def load_config(path: Path | str, overrides: Sequence[str | Override] = ()) -> Config:

@@ -16,7 +16,7 @@ from metamem.config import nodes
 from metamem.config.convert import dataclass_at, key_of, schema_fields
 from metamem.config.errors import Path, Sources, Where, show
 from metamem.config.nodes import Node
-from metamem.config.schema import Config, RunConfig
+from metamem.config.schema import Config, Located
 
 PLACE = "command line"
 _KEY = re.compile(r"[^.\[\]=]+(\[\d+\])*(\.[^.\[\]=]+(\[\d+\])*)*")
@@ -31,7 +31,7 @@ class Override:
     place: str = PLACE
 
 
-def apply_overrides(root: Node, overrides: Sequence[str | Override], schema: type[RunConfig] = Config) -> Node:
+def apply_overrides(root: Node, overrides: Sequence[str | Override], schema: type[Located] = Config) -> Node:
     """The tree with every override in it; first those that choose a kind, since they drop the old kind's options."""
     parsed = [_parse(item if isinstance(item, Override) else parse_override(item)) for item in overrides]
     parsed.sort(key=lambda item: nodes.chooser(tuple(item[0][:-1])) != item[0][-1])
@@ -54,7 +54,7 @@ def _parse(override: Override) -> tuple[list[str], Node]:
     return re.findall(r"[^.\[\]]+", override.key), nodes.tree(override.value, override.place)
 
 
-def _set(node: Node, keys: list[str], value: Node, path: Path, schema: type[RunConfig]) -> None:
+def _set(node: Node, keys: list[str], value: Node, path: Path, schema: type[Located]) -> None:
     key, rest = keys[0], keys[1:]
     if path[:2] == nodes.LEVELS and path[-1] == "objective":
         key, rest = ".".join(keys), []  # an objective is named by a dotted path, which is one key
@@ -106,7 +106,7 @@ def _name(item: Node) -> str | None:
     return name.value if isinstance(name, Node) and isinstance(name.value, str) else None
 
 
-def _schema_keys(path: Path, schema: type[RunConfig]) -> list[str]:
+def _schema_keys(path: Path, schema: type[Located]) -> list[str]:
     """The keys that the schema has at this path, which a file may have left out."""
     if path in ((), ("hierarchy",)) or (len(path) == 3 and path[:2] == nodes.LEVELS):
         return [key_of(field) for field in schema_fields(dataclass_at(schema, path))]

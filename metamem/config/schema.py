@@ -237,6 +237,85 @@ class TrainingConfig(RunTrainingConfig):
     threads: Count | None = None
 
 
+@dataclass(frozen=True)
+class LowRankConfig(Located):
+    """Low-rank deltas on the matrices that the globs `match`: W + scale · B A, of `rank` rows A and columns B.
+
+    B starts at zero, and the model is what it was. A delta's tensors are parameters of their own, which groups name by
+    `**.low_rank.*`.
+    """
+
+    match: Annotated[list[str], ONE_OR_MORE]
+    rank: Count = 4
+    scale: Positive = 1.0
+
+
+@dataclass(frozen=True)
+class GuardsConfig(Located):
+    """What a session refuses to learn; null switches a guard off. A refused update leaves its level as it was.
+
+    `explosion`: the mean loss of the update's period, over a running estimate of half-life `half_life` updates. `step`
+    and `drift`: the length of the update, and the distance from the slow weights after it, over the norm of those that
+    move. `seconds`: what an update may take. After `patience` refusals in a row nothing learns for `rest` tokens, at
+    the slow weights, and after each such fall for twice as many.
+    """
+
+    explosion: Annotated[float, Range(above=1)] | None = 3.0
+    half_life: Count = 16
+    step: Positive | None = 0.25
+    drift: Positive | None = 1.0
+    seconds: Positive | None = None
+    patience: Count | None = 8
+    rest: Count = 8192
+
+
+@dataclass(frozen=True)
+class FallbackConfig(Located):
+    """When the model as trained runs beside the one that adapts, and takes over from it.
+
+    It runs in every `probe`-th window, and from where the loss leaves its running estimate by `alarm` standard
+    deviations of a window's sum; `wake` nats by which it is ahead in a window make its predictions count, `lead` nats
+    in sum put the adapted weights back. Then both predict, each by what it has been worth, and `share` is how far the
+    worth of one passes to the other at every token.
+    """
+
+    probe: Count = 16
+    alarm: Positive = 5.0
+    wake: NonNegative = 4.0
+    lead: Positive = 40.0
+    share: Annotated[float, Range(above=0, below=0.5)] = 1e-3
+
+
+@dataclass(frozen=True)
+class AdaptationConfig(Located):
+    """Adaptation at inference: what a session may refuse, what it falls back to, low-rank deltas for it to move.
+
+    Without `guards` a loss that is not finite is an error. `piece`: the most tokens that one gradient goes back.
+    """
+
+    guards: GuardsConfig | None = field(default_factory=GuardsConfig)
+    fallback: FallbackConfig | None = field(default_factory=FallbackConfig)
+    low_rank: LowRankConfig | None = None
+    piece: Count = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig(Located):
+    """How a model that was not trained here adapts: groups and inner levels over its own parameter names.
+
+    Its context is at most `context` tokens (null: what the model says); where it is full, the next begins with the
+    last `overlap` of it.
+    """
+
+    name: str
+    hierarchy: HierarchyConfig
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+    context: Annotated[int, Range(low=2)] | None = None
+    overlap: Whole = 0
+    seed: Whole = 0
+    vars: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Located):
     """What every run has. `name` names its folder and defaults to the file's; `task` is a registered name and its
@@ -261,6 +340,7 @@ class Config(RunConfig):
 
     network: NetworkConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
 
     @property
     def shape(self) -> Any:

@@ -13,9 +13,11 @@
 from metamem.hierarchy.calendar import Calendar, calendar_of
 from metamem.hierarchy.inner import (
     Carried,
+    Gradients,
     InnerLevel,
     InnerLoop,
     InnerState,
+    Parameters,
     inner_levels,
     inner_loop,
     leaf_state,
@@ -28,10 +30,12 @@ from metamem.hierarchy.token import token_levels
 __all__ = [
     "Calendar",
     "Carried",
+    "Gradients",
     "InnerLevel",
     "InnerLoop",
     "InnerState",
     "OuterLevels",
+    "Parameters",
     "calendar_of",
     "inner_levels",
     "inner_loop",

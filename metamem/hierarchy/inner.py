@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metamem.config import Config, OptimizerConfig, UserError, resolve_objectives
+from metamem.config import AdaptConfig, Config, OptimizerConfig, UserError, resolve_objectives
 from metamem.globs import match_names
 from metamem.hierarchy.objectives import loss_per_token
 from metamem.hierarchy.rates import LearnedRates, learned_rates_over
@@ -65,7 +65,7 @@ class Carried(NamedTuple):
     memory: State | None
 
 
-def inner_levels(config: Config, network: nn.Module) -> list[InnerLevel]:
+def inner_levels(config: Config | AdaptConfig, network: nn.Module) -> list[InnerLevel]:
     """The inner levels of a config over a network's parameters."""
     levels = [level for level in config.hierarchy.levels if level.clock == "inner"]
     if not levels:
@@ -193,6 +193,9 @@ class InnerLoop:
         with torch.set_grad_enabled(keep or bool(learning)):
             fast = {name: _alias(value, keep) for name, value in self.parameters(carried.levels).items()}
             arguments = inputs, carried.memory
+            if fast and not keep:  # what does not move needs no graph: where the last layers move, most of it is saved
+                fixed = {name: value for name, value in self.network.named_parameters() if name not in fast}
+                fast |= {name: value.detach() for name, value in fixed.items()}
             # Only the plain attention kernel can be differentiated twice.
             with sdpa_kernel(SDPBackend.MATH) if self.levels and keep else nullcontext():
                 out = functional_call(self.network, fast, arguments) if fast else self.network(*arguments)
