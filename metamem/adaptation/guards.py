@@ -96,7 +96,8 @@ def judge(
     """Why an update is refused, with the value and its limit; None where it is not."""
     old, new = list(before.fast.values()), list(after.fast.values())
     norm = max(length(initial), TYPICAL * math.sqrt(sum(tensor.numel() for tensor in initial)))
-    step, drift = length(torch._foreach_sub(new, old)), length(torch._foreach_sub(new, list(initial)))
+    step = length(a - b for a, b in zip(new, old, strict=True))
+    drift = length(a - b for a, b in zip(new, initial, strict=True))
     state = [leaf for leaf in optree.tree_leaves(after.optimizer) if isinstance(leaf, Tensor)]
     for value in (step, drift, length(leaf for leaf in state if leaf.is_floating_point())):
         if not math.isfinite(value):
@@ -113,8 +114,7 @@ def judge(
 
 def length(tensors: Iterable[Tensor]) -> float:
     """The norm of all numbers in tensors together."""
-    listed = [tensor.detach() for tensor in tensors]
-    return math.sqrt(sum(norm.item() ** 2 for norm in torch._foreach_norm(listed))) if listed else 0.0
+    return math.hypot(*(torch.linalg.vector_norm(tensor.detach()).item() for tensor in tensors))
 
 
 @dataclass(frozen=True)

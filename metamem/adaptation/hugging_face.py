@@ -10,6 +10,7 @@ jumps, at the same tokens for any split of the stream. Frozen, the logits are th
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from metamem.state import State, Stateful
 PREFIX = "lm"  # where the model is in what a session reads with
 LEAST_VOCABULARY = 256  # without a tokenizer, tokens are bytes
 UNKNOWN_CONTEXT = 1024
+CACHES = "cache", "past_key_values"  # what transformers call it, now and before 5.24
 
 
 class CausalLM(Stateful):
@@ -42,15 +44,16 @@ class CausalLM(Stateful):
             raise UserError(f"an overlap of {overlap} tokens leaves none to read in a context of {context}; lower it")
         self.lm, self.context, self.overlap = lm, context, overlap
         self.dim_in = None
+        takes = inspect.signature(lm.forward).parameters
+        self.cache = next((name for name in CACHES if name in takes), None)
+        refused = UserError(f"{type(lm).__name__}: carries no key-value cache, and only those can be a session's state")
+        if self.cache is None:
+            raise refused
         with torch.no_grad():
-            out = self._run(torch.zeros(1, 1, dtype=torch.long), None)
-        layers = getattr(out.past_key_values, "layers", [])
+            logits, layers = self._run(torch.zeros(1, 1, dtype=torch.long), None)
         if not layers or not all(_is_plain(layer) for layer in layers):
-            raise UserError(
-                f"{type(lm).__name__}: it carries no key-value cache ({type(out.past_key_values).__name__}), and only "
-                "those can be a session's state"
-            )
-        self.dim_out: int = out.logits.shape[-1]
+            raise refused
+        self.dim_out: int = logits.shape[-1]
         self.layers = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in layers]
 
     def init_state(self, batch: int) -> State:
@@ -71,9 +74,8 @@ class CausalLM(Stateful):
                 state = {**self.init_state(x.shape[0]), "tokens": anew}
             part = x[:, start : start + self.context - state["tokens"].shape[1]]
             tokens = torch.cat([state["tokens"], part], 1)
-            out = self._run(tokens[:, state["keys"]["0"].shape[2] :], state)
-            logits.append(out.logits[:, -part.shape[1] :])
-            layers = out.past_key_values.layers
+            found, layers = self._run(tokens[:, state["keys"]["0"].shape[2] :], state)
+            logits.append(found[:, -part.shape[1] :])
             state = {
                 "tokens": tokens,
                 "keys": {str(i): layer.keys for i, layer in enumerate(layers)},
@@ -83,13 +85,14 @@ class CausalLM(Stateful):
         y = torch.cat(logits, 1) if logits else torch.zeros(*x.shape, self.dim_out)
         return Out(y, state, {})
 
-    def _run(self, tokens: Tensor, state: State | None) -> Any:
+    def _run(self, tokens: Tensor, state: State | None) -> tuple[Tensor, Sequence[Any]]:
+        """Logits, and the layers of the cache, to which the model adds in place."""
         cached = None
         if state is not None and state["keys"]["0"].shape[2]:
-            pairs = zip(state["keys"].values(), state["values"].values(), strict=True)
-            cached = list(pairs)
+            cached = list(zip(state["keys"].values(), state["values"].values(), strict=True))
         cache = _transformers().DynamicCache(cached)
-        return self.lm(input_ids=tokens, past_key_values=cache, use_cache=True)
+        logits = self.lm(input_ids=tokens, use_cache=True, **{str(self.cache): cache}).logits
+        return logits, cache.layers
 
 
 def _is_plain(layer: Any) -> bool:

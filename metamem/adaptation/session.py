@@ -155,11 +155,11 @@ class Session:
         losses = [torch.empty(self.batch, 0)]
         frozen, made, start, self._noted = [losses[0]], self.updates, 0, []
         while start < tokens.shape[1]:
-            piece = tokens[:, start : start + self._room()]
+            piece, learning = tokens[:, start : start + self._room()], self._learning
             for ours, theirs in self._read(piece):
                 losses.append(ours)
                 frozen.append(theirs)
-            self._learn()
+            self._learn(() if self.resting else learning)
             self._compare()
             start += piece.shape[1]
         return Observed(torch.cat(losses, 1), torch.cat(frozen, 1), self.updates - made, tuple(self._noted))
@@ -306,10 +306,10 @@ class Session:
 
     # Learning
 
-    def _learn(self) -> None:
+    def _learn(self, learning: Sequence[InnerLevel]) -> None:
         """The levels whose period ends here take their step on the mean gradient of the period, if no guard refuses."""
         guards = self.adaptation.guards
-        for level in self._learning:
+        for level in learning:
             if self.position % level.period:
                 continue
             started = time.perf_counter()
