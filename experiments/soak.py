@@ -10,7 +10,7 @@ frozen, what nobody would want to learn from:
     alternating   50 bytes of clean text, 50 of Python source, in turn
 
 and then clean text again. Bits per byte of the session over those of the frozen model are held against each other over
-every 10,000 bytes. Last, tokens per second of both, in turn.
+every 10,000 bytes. Before all that, bytes per second of both, in turn.
 """
 
 from __future__ import annotations
@@ -207,6 +207,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=500, help="outer steps of the training")
     parser.add_argument("--bytes", type=int, default=1_000_000, help="of clean text")
     parser.add_argument("--hostile", type=int, default=20_000, help="bytes of each hostile part")
+    parser.add_argument("--clean", type=int, default=60_000, help="bytes of clean text before and after those")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
 
 
@@ -215,23 +216,21 @@ def main() -> int:
     study = open_study("soak", "A session that is left running.", options=options)
     torch.set_num_threads(1)
     asked = study.options
-    sizes = (
-        Sizes(6144, 1024, 2048, 1024, 2048)
-        if study.smoke
-        else Sizes(asked.bytes, asked.hostile, 60_000, WINDOW, 16_384)
-    )
+    sizes = Sizes(asked.bytes, asked.hostile, asked.clean, WINDOW, 16_384)
+    if study.smoke:
+        sizes = Sizes(6144, 1024, 2048, 1024, 2048)
     model, config = model_of(study)
+    clean, code = load_source("kjv").train, load_source("python").train
+    claims = throughput(study, model, config, clean[: sizes.timed], rounds=1 if study.smoke else 5)
     with torch.no_grad():
         model.get_parameter("embed.weight")[list(SILENT)] = torch.nan
-    clean, code = load_source("kjv").train, load_source("python").train
     session, frozen = Session(model, config), Session(model, config, inner=False)
-    claims = soak(study, session, clean[: sizes.soak])
+    claims += soak(study, session, clean[: sizes.soak])
     rest = clean[sizes.soak :]
     parts = {"clean": rest[: sizes.after]}
     parts |= hostile_stream(rest[sizes.after :], code, sizes.hostile, seed=0)
     parts["clean again"] = rest[sizes.after + 3 * sizes.hostile :][: sizes.after]
     claims += hostile(study, session, frozen, parts, sizes)
-    claims += throughput(study, model, config, clean[: sizes.timed], rounds=1 if study.smoke else 5)
     return study.verdict(claims)
 
 

@@ -78,16 +78,16 @@ def test_any_split_of_a_stream_gives_the_same_also_where_the_context_starts_anew
     session = Session(model, config, inner=False)
     split = torch.cat([session.observe(part).losses for part in tokens.split([1, 14, 1, 1, 30, 23], 1)], 1)
     torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-5)
-    original, start = make(), 0
-    with torch.no_grad():
-        while start < 69:
-            context = tokens[:, max(0, start - 4) : (start - 4 if start else 0) + 16]
-            new = min(context.shape[1], context.shape[1] - (4 if start else 0))
-            logits = original(context[:, : 69 - max(0, start - 4)]).logits[0, -new:][: 69 - start]
-            target = tokens[0, start + 1 : start + 1 + len(logits)]
-            expected = functional.cross_entropy(logits[: len(target)], target, reduction="none")
-            torch.testing.assert_close(whole[0, start + 1 : start + 1 + len(target)], expected, rtol=1e-4, atol=1e-5)
-            start += new
+    original, inputs, start = make(), tokens[:, :-1], 0
+    while start < 69:
+        first = max(0, start - 4)
+        context = inputs[:, first : first + 16]
+        with torch.no_grad():
+            logits = original(context).logits[0, start - first :]
+        target = tokens[0, start + 1 : start + 1 + len(logits)]
+        expected = functional.cross_entropy(logits, target, reduction="none")
+        torch.testing.assert_close(whole[0, start + 1 : start + 1 + len(logits)], expected, rtol=1e-4, atol=1e-5)
+        start += len(logits)
     assert session.state["tokens"].shape[1] <= 16
 
 

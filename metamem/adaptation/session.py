@@ -243,23 +243,26 @@ class Session:
 
     def _read(self, piece: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Reads a piece to its end, in parts where something in it is not finite: what led there is kept, the token
-        that did it is left out, and the parts grow again. The losses of each part, and the frozen model's."""
-        found, start, length, started = [], 0, piece.shape[1], time.perf_counter()
+        that did it is left out, and the next part is as long as the last two. The losses of each part, and the frozen
+        model's."""
+        found, started = [], time.perf_counter()
+        start, length, kept, shrunk = 0, piece.shape[1], 0, False
         while start < piece.shape[1]:
             part = piece[:, start : start + length]
             reading, count = self._try(part, self.state, self.inner, self._learning), part.shape[1]
             if reading.sound == count:
                 found.append(self._keep(part, reading))
-                start, length = start + count, 2 * length
+                start, kept = start + count, kept + count
+                length, shrunk = 1 if shrunk else 2 * count, False
             elif self.adaptation.guards is None:
                 raise UserError(f"token {self.position}: the loss is not finite; the session stays as it was before it")
-            elif count > 1:
-                length = max(1, min(reading.sound, count // 2) if reading.sound else 1)
+            elif reading.sound:
+                length, shrunk = reading.sound, True
             elif self.updates and self._try(part, self.state, {}, ()).sound:  # the adapted weights did it
                 self._put_back("not finite", math.inf, math.inf)
             else:
                 found.append(self._leave_out(part))
-                start, length = start + 1, 1
+                start, length, kept = start + 1, 2 * kept + 1, 0
         self._spent += time.perf_counter() - started
         return found
 
@@ -278,7 +281,7 @@ class Session:
         finite = losses.isfinite().all(0)
         sound = part.shape[1] if finite.all() else int(finite.long().argmin())
         if sound == part.shape[1] and not self._finite(out.state):
-            sound -= 1
+            sound //= 2  # somewhere in it
         return Reading(losses, tree_map(_settled, out.state), gradients, sound)
 
     def _finite(self, state: State) -> bool:
