@@ -261,7 +261,7 @@ class Session:
             elif self.updates and self._try(part, self.state, {}, ()).sound:  # the adapted weights did it
                 self._put_back("not finite", math.inf, math.inf)
             else:
-                found.append(self._leave_out(part))
+                found.append(self._leave_out(part[:, :1]))
                 start, length, kept = start + 1, 2 * kept + 1, 0
         self._spent += time.perf_counter() - started
         return found
