@@ -324,7 +324,7 @@ def test_a_file_that_is_no_session_is_refused(model, config, tokens, tmp_path):
     (tmp_path / "cut").write_bytes(written[:-100])
     (tmp_path / "flipped").write_bytes(written[:-9] + bytes([written[-9] ^ 1]) + written[-8:])
     (tmp_path / "moved").write_bytes(written.replace(b'"position":"19"', b'"position":"18"'))
-    (tmp_path / "unsealed").write_bytes(written.replace(b'"sha256"', b'"sha265"'))
+    (tmp_path / "unsealed").write_bytes(written.replace(b'"checksum"', b'"checkmus"'))
     (tmp_path / "text").write_text("not a state")
     save_state(model.init_state(1), tmp_path / "memories")
     assert all((tmp_path / name).read_bytes() != written for name in ("flipped", "moved", "unsealed"))
