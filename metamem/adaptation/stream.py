@@ -13,7 +13,7 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -25,6 +25,19 @@ STANDARD_INPUT = Path("-")
 PATIENCE = 0.2  # seconds without a byte, after which what is there is read
 BLOCK = 65_536
 LONGEST_WORD = 4_096  # bytes: what has no space is cut there
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A stream of bytes; `fileno` fails where it is no file of the system."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes, b"" at the end."""
+        ...
+
+    def fileno(self) -> int:
+        """Its number."""
+        ...
 
 
 class Source:
@@ -42,7 +55,7 @@ class Source:
             yield from (self.text[at : at + self.piece] for at in range(0, len(self.text), self.piece))
 
 
-def arriving(file: BinaryIO, piece: int, patience: float = PATIENCE) -> Iterator[bytes]:
+def arriving(file: Readable, piece: int, patience: float = PATIENCE) -> Iterator[bytes]:
     """Whole pieces of a pipe; what is left of one when nothing came for `patience` seconds, or nothing, b""."""
     held, read = b"", _reader(file, patience)
     while True:
@@ -60,7 +73,7 @@ def arriving(file: BinaryIO, piece: int, patience: float = PATIENCE) -> Iterator
         yield held
 
 
-def _reader(file: BinaryIO, patience: float) -> Callable[[], bytes | None]:
+def _reader(file: Readable, patience: float) -> Callable[[], bytes | None]:
     """Reads what there is, waiting at most `patience`; None where nothing came, b"" at the end."""
     try:
         number = file.fileno()
