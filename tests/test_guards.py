@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from small_models import inner_level, recurrent, shaken, tiny
+from small_models import inner_level, recurrent, shaken, small_quickstart, tiny
 
 from metamem import Session
 from metamem.adaptation.fallback import CALM, WINDOW, Standing, mixture
@@ -160,6 +160,23 @@ def test_a_token_that_breaks_the_model_is_left_out_of_what_it_reads(inner):
     torch.testing.assert_close(observed.losses[:, 13:], expected[:, 12:], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(observed.losses[:, :11], expected[:, :11], rtol=1e-6, atol=1e-8)
     assert session.position == 30
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_where_chunks_are_computed_at_once_still_only_that_token_is_left_out(inner):
+    """An attention's block and a memory's chunk multiply what is masked by zero, and zero times nan is nan."""
+    config = small_quickstart("hierarchy.levels.stream.period=64")
+    model = shaken(config)
+    with torch.no_grad():
+        model.embed.weight[6] = math.nan
+    stream = 7 + tokens(300) * 30
+    broken = [3, 40, 41, 120, 190, 298]
+    stream[0, broken] = 6
+    session = Session(model, config, inner=inner, adaptation=guarded())
+    observed = session.observe(stream)
+    refused = [refusal for refusal in observed.refused if refusal.reason == "input not finite"]
+    assert [refusal.position for refusal in refused] == [at + 1 for at in broken]
+    assert observed.losses.isfinite().all()
 
 
 def test_a_whole_stream_of_what_breaks_the_model_is_read_at_chance():

@@ -243,25 +243,24 @@ class Session:
 
     def _read(self, piece: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Reads a piece to its end, in parts where something in it is not finite: what led there is kept, the token
-        that did it is left out, and the next part is as long as the last two. The losses of each part, and the frozen
-        model's."""
+        that did it is left out. It is searched for, since in a chunk that is computed at once it spoils the losses
+        before it too. The losses of each part, and the frozen model's."""
         found, started = [], time.perf_counter()
-        start, length, kept, shrunk = 0, piece.shape[1], 0, False
+        start, length, kept = 0, piece.shape[1], 0
         while start < piece.shape[1]:
             part = piece[:, start : start + length]
             reading, count = self._try(part, self.state, self.inner, self._learning), part.shape[1]
             if reading.sound == count:
                 found.append(self._keep(part, reading))
-                start, kept = start + count, kept + count
-                length, shrunk = 1 if shrunk else 2 * count, False
+                start, length, kept = start + count, 2 * count, kept + count
             elif self.adaptation.guards is None:
                 raise UserError(f"token {self.position}: the loss is not finite; the session stays as it was before it")
-            elif reading.sound:
-                length, shrunk = reading.sound, True
+            elif count > 1:
+                length = reading.sound or count // 2
             elif self.updates and self._try(part, self.state, {}, ()).sound:  # the adapted weights did it
                 self._put_back("not finite", math.inf, math.inf)
             else:
-                found.append(self._leave_out(part[:, :1]))
+                found.append(self._leave_out(part))
                 start, length, kept = start + 1, 2 * kept + 1, 0
         self._spent += time.perf_counter() - started
         return found
