@@ -133,7 +133,7 @@ def watch(
     same. True where Ctrl-C stopped it before the end: the session is whole."""
     console, tally = Console(), Tally()
     every = math.ceil(total / ROWS) if total else 1
-    due, stopped = every, False
+    due = every
     live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
     with live or nullcontext(), interruptible() as pressed, ExitStack() as files:
         rows = files.enter_context(jsonl.open("a", buffering=1)) if jsonl else None
@@ -152,8 +152,7 @@ def watch(
         for data in source:
             if data:
                 observe(data)
-            if pressed and tally.bytes != total:
-                stopped = True
+            if pressed:
                 break
             if tally.bytes >= due:
                 show.row(tally.row())
@@ -162,6 +161,7 @@ def watch(
                 due = (tally.bytes // every + 1) * every
             else:
                 show.now(tally.row(keep=False))
+        stopped = bool(pressed) and tally.bytes != total
         observe(b"", last=True)
         if tally.bytes > tally.since[0]:
             show.row(tally.row())
