@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from metamem.config import Config, UserError, load_config, ownership, resolve_objectives
+from metamem.config import AdaptConfig, Config, UserError, load_config, ownership, resolve_objectives
 from metamem.episodes.schema import is_episodes, load_episodes
 from metamem.registry import check_options
 
@@ -361,7 +361,8 @@ def trace(
 @user_errors
 def schema(
     of: Annotated[
-        Literal["config", "episodes"], typer.Option(help="Of a config, or of a meta-training over tasks.")
+        Literal["config", "episodes", "adapt"],
+        typer.Option(help="Of a config, of a meta-training over tasks, or of how a transformers model adapts."),
     ] = "config",
 ) -> None:
     """Print a JSON Schema of the config, for editors, with the options of everything registered."""
@@ -370,8 +371,10 @@ def schema(
         from metamem.episodes.json_schema import episodes_schema
 
         return typer.echo(json.dumps(episodes_schema(), indent=2))
-    from metamem.config.json_schema import json_schema
+    from metamem.config.json_schema import json_schema, schema_of
 
+    if of == "adapt":
+        return typer.echo(json.dumps(schema_of(AdaptConfig, "metamem adaptation", {}), indent=2))
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
