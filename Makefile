@@ -8,15 +8,17 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
 BENCH_STAMP := .venv/.installed-bench
+DOCS_STAMP := .venv/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench clean
+.PHONY: help install run test check bench docs clean
 
 help:
 	@echo "make run [SEEDS=3]  meta-train the quickstart model, then stream English it has never read"
 	@echo "make test [ARGS=..] run the whole test suite"
 	@echo "make check          lint, formatting, types, import rules"
 	@echo "make bench [BENCH=..] speed and memory: fast_weights (beside a peer), rules (every preset), mnm, slots, engines (inner loops)"
+	@echo "make docs           the documentation as a site, site/index.html"
 	@echo "make install        set up .venv and nothing else"
 	@echo "make clean          remove .venv and caches (runs/ stays)"
 
@@ -31,6 +33,10 @@ $(STAMP): Makefile pyproject.toml constraints.txt
 
 $(BENCH_STAMP): $(STAMP)
 	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@
 
 install: $(STAMP)
@@ -50,5 +56,9 @@ check: $(STAMP)
 bench: $(BENCH_STAMP)
 	$(BIN)/python experiments/benchmarks/$(BENCH).py $(ARGS)
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html is built; its search needs a server: $(BIN)/python -m http.server -d site"
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist site

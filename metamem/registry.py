@@ -9,6 +9,8 @@ second list of them to keep in step:
 
     # network: {modules: {scale: {kind: scale, dim: 128}}, ...}
 
+A name with a dot is the path of a class or function of your own, which needs no registration: `kind: mypackage.Scale`.
+
 An option annotated with a module class is a module of its own in the config, with its kind and options: nested in the
 constructor's, which is given it built. One annotated `dict[str, Class]` is a mapping of such, by name. An argument
 annotated with a dataclass stands for its fields, each an option.
@@ -27,6 +29,7 @@ from torch import nn
 
 from metamem.config.convert import convert, describe
 from metamem.config.errors import ConfigError, Where
+from metamem.config.resolve import resolve_objective
 from metamem.config.schema import Config
 
 T = TypeVar("T")
@@ -57,9 +60,8 @@ class Registry(Generic[T]):
             taken = self._constructors.get(name)
             if taken is not None and _identity(taken) != _identity(constructor):
                 raise ValueError(f"{self.noun} {name!r} is already registered, by {_identity(taken)}")
-            for parameter in _keywords(constructor):
-                if parameter.name not in self.builder_args and parameter.annotation is parameter.empty:
-                    raise TypeError(f"{self.noun} {name!r}: annotate {parameter.name!r}, to check configs by")
+            if bare := self._bare(constructor):
+                raise TypeError(f"{self.noun} {name!r}: annotate {bare!r}, to check configs by")
             self._constructors[name] = constructor
             return constructor
 
@@ -72,11 +74,22 @@ class Registry(Generic[T]):
         return iter(sorted(self._constructors))
 
     def get(self, name: str, where: Where | str = "") -> Callable[..., T]:
-        """The constructor registered as `name`; a ConfigError with the nearest name where there is none."""
+        """The constructor registered as `name`, or at that dotted path; a ConfigError with the nearest where there is
+        none."""
+        place = Where.of(where) / self.key
+        if "." in name:
+            constructor = resolve_objective(name, place)
+            if bare := self._bare(constructor):
+                raise place.error(f"{name}: annotate {bare!r}, to check configs by")
+            return constructor
         if name not in self._constructors:
-            place = Where.of(where) / self.key
             raise place.unknown(f"there is no {self.noun} {name!r}", name, self)
         return self._constructors[name]
+
+    def _bare(self, constructor: Callable[..., Any]) -> str | None:
+        """An argument without an annotation, if there is one."""
+        arguments = (item for item in _keywords(constructor) if item.name not in self.builder_args)
+        return next((item.name for item in arguments if item.annotation is item.empty), None)
 
     def options(self, name: str) -> dict[str, tuple[Any, Any]]:
         """Option -> (annotation, default or `dataclasses.MISSING`), in the constructor's order."""
@@ -102,9 +115,8 @@ class Registry(Generic[T]):
 
     def needs(self, name: str, argument: str) -> bool:
         """Whether the constructor registered as `name` cannot do without an argument, as a memory without levels."""
-        return name in self and any(
-            item.name == argument and item.default is item.empty for item in _keywords(self._constructors[name])
-        )
+        known = name in self or "." in name
+        return known and any(item.name == argument and item.default is item.empty for item in _keywords(self.get(name)))
 
     def check(self, name: str, options: Mapping[str, Any], where: Where | str = "") -> dict[str, Any]:
         """The options as their annotations have them; a ConfigError on an unknown, missing or wrongly typed one."""

@@ -42,7 +42,7 @@ def test_the_example_loads() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps: 2000", "stepz: 2000", "c.yaml:34: training.stepz: unknown key; did you mean 'steps'? (steps, batch"),
+        ("steps: 2000", "stepz: 2000", "c.yaml:34: training.stepz: unknown key; did you mean 'steps'? (steps, "),
         ("steps: 2000", "steps: ten", "c.yaml:34: training.steps: expected an integer (at least 1), not 'ten'"),
         ("batch: 16", "batch: 0", "c.yaml:34: training.batch: must be at least 1, not 0"),
         ("steps: 2000", "compile: yes", "c.yaml:34: training.compile: expected true or false, not 'yes'"),
@@ -143,6 +143,11 @@ def test_the_example_loads() -> None:
         ("lr: 3e-3", "lr: 1, momentum: 0.9", "optimizer.momentum: is sgd's; adamw has betas"),
         ("lr: 1e-2", "lr: 1, betas: [0.5, 0.5]", "optimizer.betas: are those of adam and adamw"),
         ("forget: 0.1", "forget: 1.0", "(surprise).rule.forget: must be at least 0 and below 1, not 1.0"),
+        (
+            "signal: backprop",
+            "signal: backprob",
+            "did you mean 'backprop'? ('backprop', 'predicted_targets', 'hebbian' or a dotted path)",
+        ),
         (
             "losses.recall.mse: 1.0",
             "losses.recall.mes: 1.0",

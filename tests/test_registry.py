@@ -115,6 +115,30 @@ def test_wrong_options(registry: Registry[Part], options: dict[str, Any], messag
     assert "\n" not in str(error.value)
 
 
+def bare(dim) -> None:
+    """A constructor whose argument nothing can check."""
+
+
+def test_a_dotted_path_needs_no_registration(registry: Registry[Part]) -> None:
+    built = registry.build("test_registry.Part", {"dim": 4, "size": 2}, "here", levels=[1])
+    assert isinstance(built, Part) and built.arguments["levels"] == [1]
+    assert registry.options("test_registry.Part") == registry.options("plain")
+    assert registry.needs("test_registry.Part", "dim") and not registry.needs("test_registry.Part", "levels")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("test_registry.Prat", {}, "here: kind: there is no 'Prat' in test_registry"),
+        ("test_registri.Part", {}, "here: kind: there is no module 'test_registri'"),
+        ("test_registry.bare", {}, "here: kind: test_registry.bare: annotate 'dim', to check configs by"),
+        ("test_registry.Part", {"dmi": 3}, "here: dmi: part 'test_registry.Part' has no such option"),
+    ],
+)
+def test_what_is_wrong_with_a_dotted_path(registry: Registry[Part], name, options, message) -> None:
+    assert message in error_of(lambda: registry.build(name, options, "here"))
+
+
 def test_unknown_name_tells_the_nearest(registry: Registry[Part]) -> None:
     with pytest.raises(ConfigError, match=r"here: kind: there is no part 'plane'; did you mean 'plain'\? \(plain\)"):
         registry.build("plane", {}, Where.of("here"))

@@ -70,6 +70,68 @@ def test_objectives_add_up_by_weight():
     torch.testing.assert_close(signals.output_error(objectives, pred.detach(), target), expected)
 
 
+def sign_symmetric(network, forward, weights, values):
+    """A signal of a user: errors come back through the signs of the weights (Liao et al. 2016)."""
+    return network.backward(forward.output - values, [weight.sign() for weight in weights], forward)
+
+
+OWN = TokenLevel(
+    "own", {mse: 1.0}, signal=sign_symmetric, lr_max=0.05, momentum="learned", forget="learned", forget_to="zero"
+)
+
+
+def own_memory(executor="dual", **settings):
+    torch.manual_seed(0)
+    settings = {"hidden": [6], "chunk": 4, **settings}
+    return FastWeights(8, [OWN, TokenLevel("slow", {mse: 1.0}, period=4, lr=0.01)], 2, executor=executor, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"network": "swiglu", "bias": True}, {"hidden": [], "chunk": 1}], ids=str)
+def test_a_signal_of_ones_own_is_the_same_in_every_executor(settings):
+    """The engine's dual form, the recurrence, and products by autograd: reads, state, outer gradients."""
+    found = []
+    for executor in ("dual", "recurrence", "vmap_grad"):
+        memory, x = own_memory(executor, **settings), torch.linspace(-1, 1, 176).sin().view(2, 11, 8).requires_grad_()
+        out = memory(x)
+        slopes = torch.autograd.grad(out.y.square().sum(), [x, *memory.parameters()])
+        found.append([out.y, *out.state["levels"]["own"]["delta"].values(), *slopes])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-11)
+
+
+def test_a_signal_of_ones_own_is_written_as_it_says():
+    """One token, by hand: from zero, Δ is −η in ⊗ δ at every layer."""
+    memory = FastWeights(8, [TokenLevel("own", {mse: 1.0}, signal=sign_symmetric, lr=0.3)], heads=1, hidden=[6])
+    x, (first, second) = torch.randn(1, 1, 8), (weight[0] for weight in memory.init)
+    writes = memory.writer(x, x.dtype)
+    key, value = writes.keys[0, 0, 0], writes.values[0, 0, 0]
+    z = key @ first
+    error = torch.nn.functional.silu(z) @ second - value
+    gate = torch.sigmoid(z)
+    inner = (error @ second.sign().T) * gate * (1 + z * (1 - gate))
+    delta = list(memory(x).state["levels"]["own"]["delta"].values())
+    torch.testing.assert_close(delta[0][0, 0], -0.3 * key.T @ inner)
+    torch.testing.assert_close(delta[1][0, 0], -0.3 * torch.nn.functional.silu(z).T @ error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden": [], "signal_at": "token"}, "solve for the signals .* not for test_signals.sign_symmetric"),
+        ({"hidden": [], "network": "torch.nn.Linear"}, "test_signals.sign_symmetric needs the layers of a network"),
+    ],
+)
+def test_where_a_signal_of_ones_own_cannot_go_it_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        own_memory(**settings)
+
+
+def test_a_signal_of_other_shapes_is_refused_with_both():
+    level = TokenLevel("own", {mse: 1.0}, signal=lambda network, forward, weights, values: [values])
+    with pytest.raises(ValueError, match=r"\[\[1, 3, 5\], \[1, 3, 4\]\], and gives \[\[1, 3, 4\]\]"):
+        FastWeights(8, [level], heads=2, hidden=[5])
+
+
 def test_what_is_written_out_is_found_by_its_name_and_nothing_else_is():
     assert signals.objective_gradient(mse) is not None
     assert signals.objective_gradient(mse).__name__ == "mse_gradient"

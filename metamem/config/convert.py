@@ -1,8 +1,9 @@
 """Plain YAML values to typed Python ones, by annotation: the one type check of configs and of registered options.
 
 Understood are bool, int, float, str, None, `Literal`, unions, `list[X]`, `tuple[X, ...]`, `tuple[X, Y]`,
-`dict[str, X]`, `Any`, schema dataclasses, and `Annotated` with a `Range`, `ONE_OR_MORE` or `ByName`. OmegaConf's
-structured configs know most of these, but their errors lose the index inside a list and know neither file nor line.
+`dict[str, X]`, `Any`, schema dataclasses, and `Annotated` with a `Range`, `ONE_OR_MORE`, `DOTTED` or `ByName`.
+OmegaConf's structured configs know most of these, but their errors lose the index inside a list and know neither file
+nor line.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Range:
 
 
 ONE_OR_MORE = "one or more"  # Annotated[list[X], ONE_OR_MORE]: a single X stands for a list of one
+DOTTED = "a dotted path"  # Annotated[str, DOTTED]: of something in a module, such as mypackage.module.function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,8 @@ def key_of(field: dataclasses.Field[Any]) -> str:
 def describe(annotation: Any) -> str:
     """What is accepted, in words: `an integer (at least 1) or null`."""
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if origin is Annotated and DOTTED in arguments:
+        return DOTTED
     if origin is Annotated:
         marks = [str(mark) for mark in arguments[1:] if isinstance(mark, Range)]
         single = f"{describe(get_args(arguments[0])[0])} or " if ONE_OR_MORE in arguments[1:] else ""
@@ -200,7 +204,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     """Whether the value has the annotation's outer shape: enough to choose a member of a union."""
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if origin is Annotated:
-        return (ONE_OR_MORE in arguments[1:] and value is not None) or _fits(value, arguments[0])
+        fits = _fits(value, arguments[0]) and (DOTTED not in arguments[1:] or "." in value)
+        return fits or (ONE_OR_MORE in arguments[1:] and value is not None)
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
     if origin is Literal:

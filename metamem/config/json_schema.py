@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from metamem.config.convert import ONE_OR_MORE, ByName, Range, key_of, schema_fields
+from metamem.config.convert import DOTTED, ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.schema import Config, NetworkConfig
 from metamem.registry import MODULES, TASKS, Registry, is_module, is_module_mapping
 
@@ -33,18 +33,12 @@ def json_schema() -> Schema:
     return _document("metamem config", top, definitions)
 
 
-def schema_of(cls: Any, title: str, registries: Mapping[str, Registry[Any]], paths: Collection[str] = ()) -> Schema:
-    """The schema of a file that a dataclass describes; `registries`: of what its keys name an entry, in `paths` those
-    that may also be a dotted path of the user's own, with any options."""
+def schema_of(cls: Any, title: str, registries: Mapping[str, Registry[Any]]) -> Schema:
+    """The schema of a file that a dataclass describes; `registries`: of what its keys name an entry."""
     definitions: Schema = {}
     top = _top(cls, definitions)
     for key, registry in registries.items():
-        named = entries(registry, definitions)
-        if key in paths:
-            dotted = {"type": "string", "pattern": r"\."}
-            own = {"type": "object", "properties": {registry.key: dotted}, "required": [registry.key]}
-            named = {"anyOf": [*named["anyOf"], own]}
-        top["properties"][key] = named
+        top["properties"][key] = entries(registry, definitions)
     return _document(title, top, definitions)
 
 
@@ -76,6 +70,8 @@ def _schema(annotation: Any, definitions: Schema, in_list: bool = False) -> Sche
                 item = _schema(get_args(arguments[0])[0], definitions)
                 named = {"type": "object", "additionalProperties": {"anyOf": [item, {"type": "null"}]}}
                 schema = {"anyOf": [schema, named]}
+            elif mark == DOTTED:
+                schema = {**schema, "pattern": r"\."}
             elif mark == ONE_OR_MORE:
                 schema = {"anyOf": [schema["items"], {**schema, "minItems": 1}]}
         return schema
@@ -127,7 +123,8 @@ def _dataclass(cls: Any, definitions: Schema, in_list: bool) -> Schema:
 
 
 def entries(registry: Registry[Any], definitions: Schema) -> Schema:
-    """Of each registered name its options; and, for a file that changes another's entry, options without the name."""
+    """Of each registered name its options, of a dotted path any; and, for a file that changes another's entry, options
+    without the name."""
     entries = []
     for name in registry:
         properties: Schema = {registry.key: {"const": name}}
@@ -141,7 +138,9 @@ def entries(registry: Registry[Any], definitions: Schema) -> Schema:
         entries.append(
             {"type": "object", "properties": properties, "required": [registry.key], "additionalProperties": False}
         )
-    return {"anyOf": [*entries, {"type": "object", "not": {"required": [registry.key]}}]}
+    own = {"type": "object", "properties": {registry.key: {"type": "string", "pattern": r"\."}}}
+    unnamed = {"type": "object", "not": {"required": [registry.key]}}
+    return {"anyOf": [*entries, {**own, "required": [registry.key]}, unnamed]}
 
 
 def _option(annotation: Any, definitions: Schema) -> Schema:

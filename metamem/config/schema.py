@@ -11,7 +11,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from metamem.config.convert import ONE_OR_MORE, ByName, Range, key_of, schema_fields
+from metamem.config.convert import DOTTED, ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.errors import Where
 
 Clock = Literal["token", "inner", "step", "epoch", "task"]
@@ -24,6 +24,7 @@ Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(low=0)]
 Fraction = Annotated[float, Range(low=0, below=1)]
 Learned = Literal["learned"]
+DottedPath = Annotated[str, DOTTED]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,13 @@ class GroupConfig(Located):
 class RuleConfig(Located):
     """The update rule of a fast level: `S = momentum S - lr (in x signal)`, `D = (1 - forget) D + S`.
 
-    A learned `lr` lies in (0, `lr_max`); learned gates are functions of the token, or static numbers. The steps of a
-    linear memory may be implicit or normalized. A step descends on the objective of the last `window` tokens. At the
-    boundary of a period above 1 it may be `step` times a `transform` of S, be pulled by `retention` (dotted path:
-    weight), and keep the length of each column of W (`weight_norm`).
+    A `signal` of your own is the path of a function. A learned `lr` lies in (0, `lr_max`); learned gates are functions
+    of the token, or static numbers. The steps of a linear memory may be implicit or normalized. A step descends on the
+    objective of the last `window` tokens. At the boundary of a period above 1 it may be `step` times a `transform` of
+    S, be pulled by `retention` (dotted path: weight), and keep the length of each column of W (`weight_norm`).
     """
 
-    signal: Literal["backprop", "predicted_targets", "hebbian"] = "backprop"
+    signal: Literal["backprop", "predicted_targets", "hebbian"] | DottedPath = "backprop"
     lr: NonNegative | Learned = "learned"
     lr_max: Positive = 1.0
     momentum: Fraction | Learned = 0.0

@@ -14,4 +14,4 @@ from metamem.episodes.schema import EpisodesConfig
 def episodes_schema() -> dict[str, Any]:
     """The schema, with the options of every registered task and module; a module may be a path of the user's own."""
     registries = {"task": EPISODES, "module": EPISODE_MODULES}
-    return schema_of(EpisodesConfig, "metamem meta-training over tasks", registries, paths=("module",))
+    return schema_of(EpisodesConfig, "metamem meta-training over tasks", registries)

@@ -13,6 +13,8 @@ def token_levels(config: Config) -> list[tuple[LevelConfig, TokenLevel]]:
     for level in config.hierarchy.levels:
         if level.clock == "token" and (rule := level.rule) is not None:
             settings = {item.name: getattr(rule, item.name) for item in schema_fields(RuleConfig)}
+            if "." in rule.signal:
+                settings["signal"] = resolve_objective(rule.signal, level.where.at("rule", "signal"))
             settings["retention"] = {
                 resolve_objective(path, level.where.at("rule", "retention", path)): weight
                 for path, weight in rule.retention.items()

@@ -9,6 +9,7 @@ from metamem.memory import delta_rule, step_rule
 from metamem.memory.activations import ACTIVATIONS
 from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.networks import NETWORKS
+from metamem.memory.signals import name_of
 
 
 def check(
@@ -93,8 +94,8 @@ def _check_module(network: str, settings: Mapping[str, bool], levels: Sequence[T
     for level in levels:
         if level.signal != "backprop":
             raise ValueError(
-                f"level {level.name!r}: {level.signal} needs the layers of a network, and {network} is a module of "
-                f"your own; set signal to 'backprop', or network to mlp"
+                f"level {level.name!r}: {name_of(level.signal)} needs the layers of a network, and {network} is a "
+                f"module of your own; set signal to 'backprop', or network to mlp"
             )
 
 

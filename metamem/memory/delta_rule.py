@@ -90,6 +90,12 @@ def solve(strength: Tensor | None, keys: Rows, shared: Rows, targets: Rows) -> t
 
 def check(levels: Sequence[TokenLevel]) -> None:
     """Raises ValueError for signals that are not linear in the weights, or not one for all levels."""
+    if own := [level for level in levels if not isinstance(level.signal, str)]:
+        raise ValueError(
+            f"level {own[0].name!r}: signal_at 'token' and 'decayed' solve for the signals backprop, predicted_targets "
+            f"and hebbian, not for {signals.name_of(own[0].signal)}; set signal_at to 'chunk', with chunk 1 for the "
+            f"signal at every token's own weights"
+        )
     if len({level.signal for level in levels}) > 1:
         kinds = ", ".join(f"{level.name}: {level.signal}" for level in levels)
         raise ValueError(

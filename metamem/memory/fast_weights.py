@@ -43,12 +43,13 @@ from metamem.memory.digest import DigestState
 from metamem.memory.feature_maps import FeatureMap
 from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.module_network import ModuleNetwork
-from metamem.memory.networks import NETWORKS, MemoryNetwork, Weights
+from metamem.memory.networks import NETWORKS, MemoryNetwork, Network, Weights
 from metamem.memory.projections import Projections
 from metamem.memory.projections import check as check_projections
 from metamem.memory.reader import Reader
 from metamem.memory.routed import Executor
 from metamem.memory.schedule import Run, known_positions, schedule
+from metamem.memory.signals import check_own
 from metamem.memory.step_rule import stepped
 from metamem.memory.writer import Writer
 from metamem.routing import Router, Routing
@@ -143,6 +144,9 @@ class FastWeights(Memory):
         self.network: MemoryNetwork = (
             NETWORKS[network](dims, activation, bias) if network in NETWORKS else ModuleNetwork(network, d_key, d_value)
         )
+        for level in self.levels:
+            if isinstance(self.network, Network):
+                check_own(level.signal, self.network)
         self.writer = Writer(dim, heads, d_key, d_value, self.levels, writers, feature_map, projections)
         self.reader = Reader(dim, heads, d_key, d_value, readers, feature_map, projections)
         weights = self.network.initial_weights(heads)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from metamem.memory.signals import Objective, Signal
+from metamem.memory.signals import Objective, OwnSignal, Signal
 
 Learned = Literal["learned"]
 SignalAt = Literal["chunk", "token", "decayed"]
@@ -32,7 +32,7 @@ class TokenLevel:
         Δ ← α Δ + step · T(S) − Σ weight ∇R(W, W_init),   then W ← W ‖W_init‖ / ‖W‖ per column (`weight_norm`)
 
     - `objectives`  objective -> weight; their signal is the weighted sum
-    - `signal`      where δ comes from (`metamem.memory.signals`)
+    - `signal`      where δ comes from (`metamem.memory.signals`), by name or a function of your own
     - `lr`          η: `learned` per token and head in (0, `lr_max`), or a constant. The writes of a chunk of C tokens
                     with signals at its start act at once: of unit keys, rates up to about 1 / C are stable
     - `momentum`    β: `learned` per token and head, or a constant in [0, 1); 0 keeps no momentum
@@ -61,7 +61,7 @@ class TokenLevel:
     gates: GateInput = "token"
     forget_start: float = LEARNED_FORGET
     reduction: Literal["sum", "mean"] = "sum"
-    signal: Signal = "backprop"
+    signal: Signal | OwnSignal = "backprop"
     step_rule: StepRule = "explicit"
     window: int = 1
     transform: TransformName = "none"
@@ -75,7 +75,8 @@ class TokenLevel:
             raise ValueError(f"level {self.name!r} has no objective")
         choices = ("signal", Signal), ("transform", TransformName), ("step_rule", StepRule), ("gates", GateInput)
         for choice, known in choices:
-            if getattr(self, choice) not in get_args(known):
+            own = choice == "signal" and callable(self.signal)
+            if getattr(self, choice) not in get_args(known) and not own:
                 names = ", ".join(get_args(known))
                 raise ValueError(f"level {self.name!r}: there is no {choice} {getattr(self, choice)!r} ({names})")
         for count in ("period", "window"):

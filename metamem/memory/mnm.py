@@ -184,10 +184,10 @@ def only(levels: Sequence[TokenLevel]) -> TokenLevel:
         named = ", ".join(level.name for level in levels) or "none"
         raise ValueError(f"an mnm has one set of fast weights and one rule: name one token level for it, not {named}")
     level = levels[0]
-    if level.signal == "hebbian":
+    if level.signal not in ("backprop", "predicted_targets"):
         raise ValueError(
             f"level {level.name!r}: an mnm takes the signals 'backprop' (MNM-g) and 'predicted_targets' (MNM-p), not "
-            f"'hebbian'; the kind fast_weights takes it"
+            f"{name_of(level.signal)!r}; the kind fast_weights takes it"
         )
     for field in dataclasses.fields(level):
         value = getattr(level, field.name)

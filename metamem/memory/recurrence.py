@@ -212,7 +212,8 @@ def by_autograd(
     parts: Tensor | None = None,
 ) -> Weights:
     """The same by torch.func: the gradient of Σ_w rate · loss. Backprop's is the objective; predicted targets have
-    `½ ‖in^l W^l − v P^l‖²` at each layer, no gradient through in^l; Hebbian is `−(k W) · v`. Where a router's gates
+    `½ ‖in^l W^l − v P^l‖²` at each layer, no gradient through in^l; Hebbian is `−(k W) · v`, a signal of a user's own
+    `(in^l W^l) · δ^l`. Where a router's gates
     tell parts of the weights apart, the gradient of every write by itself."""
     feedback = learner.feedback or []
 
@@ -225,7 +226,10 @@ def by_autograd(
         assert isinstance(network, Network)
         forward = network.forward(key, lambda layer, a: a @ still[layer])
         layers = list(zip(forward.inputs, moved, strict=True))
-        if level.signal == "hebbian":
+        if not isinstance(level.signal, str):
+            deltas = level.signal(network, forward, still, value)
+            losses = [((a @ weight) * delta).sum(-1) for (a, weight), delta in zip(layers, deltas, strict=True)]
+        elif level.signal == "hebbian":
             losses = [-((a @ weight) * value).sum(-1) for a, weight in layers]
         else:
             targets = [value @ matrix for matrix in feedback]

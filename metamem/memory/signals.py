@@ -4,6 +4,7 @@
     predicted_targets   δ^l = z^l − v P^l: each layer has a target of its own, predicted from the written value by a
                         slow matrix P^l (Munkhdalai et al. 2019, section 3.2); no gradient goes back through the memory
     hebbian             δ = −v
+    a function          your own, `(network, forward, weights, values) -> δ at each layer`
 
 All are written out: a memory's inner loop then holds plain products only, one ordinary backward gives the second-order
 outer gradient, and torch.compile takes all of it. An objective without a written-out gradient goes through torch.func,
@@ -26,6 +27,7 @@ Tokens = Float[Tensor, "*batch tokens features"]
 Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Objectives: TypeAlias = Mapping[Objective, float]
 Signal = Literal["backprop", "predicted_targets", "hebbian"]
+OwnSignal: TypeAlias = Callable[[Network, Pass, Weights, Tensor], list[Tensor]]
 
 
 def gradient(objective: Objective) -> Objective:
@@ -53,8 +55,26 @@ def squared_error(objectives: Objectives) -> float | None:
     return weight if same else None
 
 
+def name_of(signal: Signal | OwnSignal) -> str:
+    """A signal as errors name it: one of a user's own by its path."""
+    return signal if isinstance(signal, str) else f"{signal.__module__}.{signal.__qualname__}"
+
+
+def check_own(signal: Signal | OwnSignal, network: Network) -> None:
+    """Raises ValueError where a signal of a user's own is not a δ for each layer, as wide as what the layer gives."""
+    if isinstance(signal, str):
+        return
+    weights = [torch.zeros(1, *shape) for shape in network.shapes]
+    forward = network.forward(torch.zeros(1, 3, network.dims[0]), lambda layer, a: a @ weights[layer])
+    with torch.no_grad():
+        made = [list(delta.shape) for delta in signal(network, forward, weights, torch.zeros(1, 3, network.dims[-1]))]
+    wanted = [list(z.shape) for z in forward.preactivations]
+    if made != wanted:
+        raise ValueError(f"the signal {name_of(signal)} has to give a δ for each layer, {wanted}, and gives {made}")
+
+
 def at_layers(
-    signal: Signal,
+    signal: Signal | OwnSignal,
     objectives: Objectives,
     network: Network,
     forward: Pass,
@@ -63,6 +83,8 @@ def at_layers(
     feedback: Weights | None,
 ) -> list[Float[Tensor, "*batch tokens _features"]]:
     """δ at every layer, for the values written at the keys of a forward pass; `feedback`: the matrices P^l."""
+    if not isinstance(signal, str):
+        return signal(network, forward, weights, values)
     if signal == "hebbian":
         return [-values]
     if signal == "predicted_targets":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metamem.memory.level import StepRule, TokenLevel
 from metamem.memory.networks import MemoryNetwork, Network
-from metamem.memory.signals import squared_error
+from metamem.memory.signals import name_of, squared_error
 from metamem.memory.writer import Writes
 
 EPSILON = 1e-6  # an input of zeros is written nowhere, and divides by nothing
@@ -52,8 +52,8 @@ def check(level: TokenLevel, to_linear: str) -> None:
     problem, instead = "", "set step_rule to 'explicit'"
     if to_linear:
         problem, instead = "for linear memories", f"{instead}, or {to_linear}"
-    elif level.signal == "hebbian":
-        problem = "for squared errors, and a hebbian signal is none"
+    elif level.signal not in ("backprop", "predicted_targets"):
+        problem = f"for squared errors, and a {name_of(level.signal)} signal is none"
         instead += ", or signal to 'backprop' and objective to {losses.recall.mse: 1.0}"
     elif level.signal == "backprop" and squared_error(level.objectives) is None:
         problem = "for squared errors"
