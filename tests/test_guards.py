@@ -233,8 +233,8 @@ def test_an_alarm_is_a_sum_that_leaves_its_running_mean():
 
 
 def test_while_it_sleeps_or_only_watches_guards_change_nothing():
-    watched = session_of(AdaptationConfig(fallback=FallbackConfig(probe=1)), lr=1e-3)
-    plain = session_of(AdaptationConfig(guards=None, fallback=None), lr=1e-3)
+    watched = session_of(AdaptationConfig(fallback=FallbackConfig(probe=1)), lr=1e-3, period=32)
+    plain = session_of(AdaptationConfig(guards=None, fallback=None), lr=1e-3, period=32)
     frozen = session_of(guarded(), inner=False)
     stream = tokens(3 * WINDOW)
     observed, expected = watched.observe(stream), plain.observe(stream)
@@ -242,7 +242,7 @@ def test_while_it_sleeps_or_only_watches_guards_change_nothing():
     assert torch.equal(observed.losses, expected.losses)
     known = ~observed.frozen.isnan()
     assert known[:, WINDOW:].all()
-    pieces = torch.cat([frozen.observe(stream[:, at : at + 4]).losses for at in range(0, stream.shape[1], 4)], 1)
+    pieces = torch.cat([frozen.observe(stream[:, at : at + 32]).losses for at in range(0, stream.shape[1], 32)], 1)
     assert float((observed.frozen - pieces)[known].abs().mean()) < 1e-2, "it begins from the adapted model's state"
 
 
@@ -255,7 +255,7 @@ def ruined(session, by=-4.0):
 
 def learned(fallback, **options):
     """A session that has read a stream which its model knows."""
-    session = session_of(guarded(fallback, patience=None), lr=1e-4, text=tiny, **options)
+    session = session_of(guarded(fallback, patience=None), lr=1e-4, period=32, text=tiny, **options)
     stream, state = [torch.zeros(1, 1, dtype=torch.long)], session.model.init_state(1)
     for _ in range(8 * WINDOW):  # what the model itself says
         y, state, _ = session.model(stream[-1], state)
