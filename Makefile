@@ -9,15 +9,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
 BENCH_STAMP := .venv/.installed-bench
 DOCS_STAMP := .venv/.installed-docs
+RELIABILITY_STAMP := .venv/.installed-reliability
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench docs clean
+.PHONY: help install run test check bench reliability docs clean
 
 help:
 	@echo "make run [SEEDS=3]  meta-train the quickstart model, then stream English it has never read"
 	@echo "make test [ARGS=..] run the whole test suite"
 	@echo "make check          lint, formatting, types, import rules"
 	@echo "make bench [BENCH=..] speed and memory: fast_weights (beside a peer), rules (every preset), mnm, slots, engines (inner loops)"
+	@echo "make reliability    kill -9, full disks, damaged files, …: how many faults were tried, and how many survived"
 	@echo "make docs           the documentation as a site, site/index.html"
 	@echo "make install        set up .venv and nothing else"
 	@echo "make clean          remove .venv and caches (runs/ stays)"
@@ -39,6 +41,10 @@ $(DOCS_STAMP): $(STAMP)
 	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@
 
+$(RELIABILITY_STAMP): $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e ".[ray,wandb]"
+	@touch $@
+
 install: $(STAMP)
 
 run: $(STAMP)
@@ -55,6 +61,9 @@ check: $(STAMP)
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python experiments/benchmarks/$(BENCH).py $(ARGS)
+
+reliability: $(RELIABILITY_STAMP)
+	$(BIN)/python experiments/reliability.py $(ARGS)
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -57,7 +57,7 @@ def main() -> None:
 
 def register_shipped() -> None:
     """Fill the registries with what ships."""
-    for module in ("metamem.network", "metamem.tasks"):
+    for module in ("metamem.network", "metamem.tasks", "metamem.training.tracking"):
         importlib.import_module(module)
 
 
@@ -84,6 +84,7 @@ def load_checked(path: Path, overrides: list[str] | None) -> Config:
     register_shipped()
     check_options(config)
     resolve_objectives(config)
+    importlib.import_module("metamem.training.tracking").check_trackers(config)
     return config
 
 

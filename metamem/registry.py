@@ -240,6 +240,7 @@ def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
 
 MODULES: Registry[Any] = Registry("module kind", key="kind", builder_args={"levels", "router"})
 TASKS: Registry[Any] = Registry("task", key="name")
+TRACKERS: Registry[Any] = Registry("tracker", key="name", builder_args={"folder", "settings", "step"})
 
 
 def check_options(config: Config) -> None:

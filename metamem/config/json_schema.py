@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from metamem.config.convert import DOTTED, ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.schema import Config, NetworkConfig
-from metamem.registry import MODULES, TASKS, Registry, is_module, is_module_mapping
+from metamem.registry import MODULES, TASKS, TRACKERS, Registry, is_module, is_module_mapping
 
 Schema = dict[str, Any]
 
@@ -47,6 +47,9 @@ def _top(cls: Any, definitions: Schema) -> Schema:
     top = definitions.pop(root["$ref"].rpartition("/")[2])
     files = _schema(str, definitions)
     top["properties"]["extends"] = {"anyOf": [files, {"type": "array", "items": files}]}
+    for part in list(definitions.values()):
+        if "trackers" in part.get("properties", {}):
+            part["properties"]["trackers"] = _trackers(definitions)
     return top
 
 
@@ -141,6 +144,20 @@ def entries(registry: Registry[Any], definitions: Schema) -> Schema:
     own = {"type": "object", "properties": {registry.key: {"type": "string", "pattern": r"\."}}}
     unnamed = {"type": "object", "not": {"required": [registry.key]}}
     return {"anyOf": [*entries, {**own, "required": [registry.key]}, unnamed]}
+
+
+def _trackers(definitions: Schema) -> Schema:
+    """Names of trackers, or a mapping of names to their options."""
+    known = {
+        name: {
+            "type": "object",
+            "properties": {key: _option(kind, definitions) for key, (kind, _) in TRACKERS.options(name).items()},
+            "additionalProperties": False,
+        }
+        for name in TRACKERS
+    }
+    listed = {"type": "array", "items": {"enum": list(known)}}
+    return {"anyOf": [listed, {"type": "object", "properties": known, "additionalProperties": False}]}
 
 
 def _option(annotation: Any, definitions: Schema) -> Schema:

@@ -22,6 +22,7 @@ Count = Annotated[int, Range(low=1)]
 Whole = Annotated[int, Range(low=0)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(low=0)]
+Rate = Annotated[float, Range(low=0, high=1e38)]  # what float32 holds
 Fraction = Annotated[float, Range(low=0, below=1)]
 Learned = Literal["learned"]
 DottedPath = Annotated[str, DOTTED]
@@ -106,7 +107,7 @@ class OptimizerConfig(Located):
     """
 
     name: Literal["sgd", "adam", "adamw"]
-    lr: NonNegative | Learned
+    lr: Rate | Learned
     momentum: Fraction = 0.0
     weight_decay: NonNegative = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -199,13 +200,15 @@ class HierarchyConfig(Located):
 
 @dataclass(frozen=True)
 class RunTrainingConfig(Located):
-    """What every training has: `steps` outer steps, a schedule of the rates of its outer levels, and checkpoints: all
-    that going on exactly needs, every `checkpoint_every` steps, of the last `keep_last` of them."""
+    """What every training has: `steps` outer steps, a schedule of the rates of its outer levels, checkpoints (all that
+    going on exactly needs, every `checkpoint_every` steps, of the last `keep_last` of them), and `trackers` of its
+    metrics, by name or as a mapping of names to their options."""
 
     steps: Count
     schedule: Literal["constant", "cosine"] = "constant"
     checkpoint_every: Count = 200
     keep_last: Count = 2
+    trackers: list[str] | dict[str, Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ class TrainingConfig(RunTrainingConfig):
     fall to a twentieth (`cosine`). A task that can be evaluated is, every `evaluate_every` steps and at the end (null:
     never). All that going on exactly needs is kept every `checkpoint_every` steps, of the last `keep_last` of them; and
     of the evaluation with the lowest (`best_mode: min`) or highest (`max`) `best_metric`, whose weights are then the
-    run's (null: the last ones are).
+    run's (null: the last ones are). Metrics go to `trackers` too: names, or names and their options.
     """
 
     steps: Count = 2000

@@ -106,6 +106,7 @@ class EpisodeTrainingConfig(RunTrainingConfig):
     `patience` evaluations without a better one (null: never). A step with a loss or gradient that is not finite moves
     nothing; the training stops at it where more than `skips` of them come one after the other. How many were skipped is
     logged. All that going on exactly needs is kept every `checkpoint_every` steps, of the last `keep_last` of them.
+    Metrics go to `trackers` too: names, or names and their options.
     """
 
     steps: Count = 10_000

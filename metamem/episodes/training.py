@@ -33,6 +33,7 @@ from metamem.training.resuming import Say, clear, go_on
 from metamem.training.run import Run, writing
 from metamem.training.run_folder import CHECKPOINT, CONFIG, check_run_folder, create_run
 from metamem.training.snapshot import Training
+from metamem.training.tracking import check_trackers
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def resume_episodes(
 def _training(config: EpisodesConfig, task: EpisodicTask | None) -> Training[EpisodesConfig, Learner]:
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
+    check_trackers(config)
     seed_all(config.seed)
     task = build_episodes(config) if task is None else task
     learner = build_learner(config)

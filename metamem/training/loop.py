@@ -32,6 +32,7 @@ from metamem.training.resuming import Say, clear, go_on
 from metamem.training.run import Run, writing
 from metamem.training.run_folder import CHECKPOINT, CONFIG, check_run_folder, create_run, run_config
 from metamem.training.snapshot import Training
+from metamem.training.tracking import check_trackers
 
 LAST_RATE = 0.05  # of a cosine schedule, as a share of the rate
 
@@ -118,6 +119,7 @@ class _Loop:
     def of(cls, config: Config, task: Any = None) -> _Loop:
         if config.training.threads is not None:
             torch.set_num_threads(config.training.threads)
+        check_trackers(config)
         seed_all(config.seed)
         task = build_task(config) if task is None else task
         model = build(config)

@@ -26,6 +26,7 @@ Say = Callable[[str], None]
 FIXED = ("name", "seed", "network.**", "module.**", "hierarchy.levels.*.optimizer.name")
 FREE = (
     "vars.**",
+    "training.trackers.**",
     *(f"training.{key}" for key in ("checkpoint_every", "keep_last", "best_metric", "best_mode", "patience")),
     *(f"training.{key}" for key in ("log_every", "evaluate_every", "evaluated_tasks", "evaluated_steps")),
 )

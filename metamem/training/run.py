@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from metamem.training.checkpoint import resumable, save_checkpoint, save_resumab
 from metamem.training.divergence import Diverged, check_weights
 from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, WriteError
 from metamem.training.snapshot import Training
+from metamem.training.tracking import open_trackers
 
 
 class Run:
@@ -21,10 +22,16 @@ class Run:
         self.folder, self.training = folder, training
         self.saved = max(resumable(folder), default=0)
         self.metrics = Metrics(folder / METRICS)
+        self.trackers = open_trackers(training.config, folder, training.reached.step)
 
     def log(self, kind: str, **row: Any) -> None:
-        """A row of metrics at the step that the training has reached."""
-        self.metrics.log(kind=kind, step=self.training.reached.step, **row)
+        """A row of metrics at the step that the training has reached; its numbers go to the trackers too."""
+        step = self.training.reached.step
+        self.metrics.log(kind=kind, step=step, **row)
+        prefix = "" if kind == "train" else f"{kind}/"
+        numbers = {prefix + name: value for name, value in row.items() if isinstance(value, int | float)}
+        for tracker in self.trackers if numbers else ():
+            tracker.log(step, numbers)
 
     def save(self) -> None:
         """A checkpoint of the step that the training has reached; then those that need not be kept any more go.
@@ -55,7 +62,9 @@ class Run:
 def writing(folder: Path, training: Training) -> Iterator[Run]:
     """The run in a folder that this process holds; what ends it badly is told with what stays of it."""
     run = Run(folder, training)
-    with closing(run.metrics):
+    with ExitStack() as ending:
+        for part in (run.metrics, *run.trackers):
+            ending.callback(part.close)
         try:
             yield run
         except Diverged as error:
