@@ -175,7 +175,11 @@ def _process(work: Callable[..., None], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=_alone, args=(work, *arguments))
-    process.start()
+    try:
+        process.start()
+    except EOFError:  # the server was ended: the next start makes another
+        process = context.Process(target=_alone, args=(work, *arguments))
+        process.start()
     return process
 
 
