@@ -195,8 +195,13 @@ def _sweep(folder: Path, runs: Path) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "metamem.cli", "ablate", "sweep.yaml", "--workers", "1", "--resume"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([*command, "--runs", str(runs)], cwd=folder, env=environment, **quiet)
+    return subprocess.Popen(
+        [*command, "--runs", str(runs)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def _lasting(row: Result) -> dict[str, Any]:

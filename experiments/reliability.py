@@ -59,7 +59,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Tries all faults, prints the counts and the verdict."""
-    study = open_study("reliability", __doc__.splitlines()[0], options=options)
+    study = open_study("reliability", "How many faults metamem was put to, and how many it survived.", options=options)
     torch.set_num_threads(1)
     rows, totals = [], [0, 0]
     for fault in FAULTS:
