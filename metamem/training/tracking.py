@@ -13,13 +13,14 @@ import importlib.util
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from metamem.config import RunConfig, to_dict
 from metamem.config.convert import convert
 from metamem.registry import TRACKERS
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Takes the numbers of a run's rows."""
 
