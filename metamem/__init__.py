@@ -1,9 +1,11 @@
 """metamem: memories that learn while they run. Declare what learns, from which loss, how fast.
 
-config = load_config("configs/quickstart.yaml")
-trained = train(config)                          # meta-training; leaves a run folder
-session = Session(trained.model, config)         # test-time adaptation
-losses = session.observe(tokens).losses
+    config = load_config("configs/quickstart.yaml")
+    trained = train(config)                          # meta-training; leaves a run folder
+    session = Session(trained.model, config)         # test-time adaptation
+    losses = session.observe(tokens).losses
+
+A state is a nested dict of tensors, batch first, which goes in and comes out.
 """
 
 from metamem.adaptation import Observed, Session
