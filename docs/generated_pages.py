@@ -99,15 +99,16 @@ def config_reference() -> str:
     from metamem.config import ablation, schema
     from metamem.episodes import schema as episodes
     from metamem.episodes.registry import EPISODE_MODULES, EPISODES
-    from metamem.registry import MODULES, TASKS
+    from metamem.registry import MODULES, TASKS, TRACKERS
 
-    for module in ("metamem.network", "metamem.tasks", "metamem.episodes.tasks", "metamem.episodes.modules"):
-        importlib.import_module(module)
+    for module in ("network", "tasks", "training.tracking", "episodes.tasks", "episodes.modules"):
+        importlib.import_module(f"metamem.{module}")
     registries = {
         "Module kinds": MODULES,
         "Tasks": TASKS,
         "Module kinds of episodes": EPISODE_MODULES,
         "Episodic tasks": EPISODES,
+        "Trackers": TRACKERS,
     }
     sections = [
         INTRODUCTION,
@@ -116,6 +117,9 @@ def config_reference() -> str:
         "## A meta-training over tasks",
         "A file with `module:` in the place of `network:` ([learning from a few examples](../episodes.md)).",
         *map(dataclass_section, described(episodes.EpisodesConfig, besides=schema)),
+        "## The adaptation of a causal language model",
+        "A file in `configs/adapt/` ([adaptation](../adaptation.md#causal-language-models-of-transformers)).",
+        *map(dataclass_section, described(schema.AdaptConfig, besides=schema)),
         "## An ablation",
         "A file with `base:` ([ablations](../ablations.md)).",
         *map(dataclass_section, described(ablation.AblationConfig)),

@@ -20,7 +20,7 @@ import metamem.cli as cli
 from metamem.config.convert import key_of, schema_fields
 from metamem.config.schema import Config, LevelConfig, RuleConfig, TrainingConfig
 from metamem.memory.fast_weights import FastWeights
-from metamem.registry import MODULES, TASKS
+from metamem.registry import MODULES, TASKS, TRACKERS
 
 DOCS = ROOT / "docs"
 AT_ROOT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -137,7 +137,9 @@ def test_the_config_reference_has_every_key_and_every_kind():
     for part in (Config, LevelConfig, RuleConfig, TrainingConfig):
         section = page.partition(f"\n### {part.__name__}\n")[2].partition("\n### ")[0]
         assert [key for key in map(key_of, schema_fields(part)) if f"\n| `{key}` |" not in section] == []
-    assert [name for registry in (MODULES, TASKS) for name in registry if f"\n### `{name}` " not in page] == []
+    assert [
+        name for registry in (MODULES, TASKS, TRACKERS) for name in registry if f"\n### `{name}` " not in page
+    ] == []
     assert not re.search(r"typing\.|<class|MISSING|<function", page)
 
 
