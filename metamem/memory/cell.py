@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -201,8 +202,10 @@ def _run_of(cell: MemoryCell) -> Iterator[Tokens]:
     if not _compiles(cell):
         yield MemoryCell._tokens
         return
-    # torch's LSTM and GRU are read for their weights, not called; each cell, batch and rest has a graph of its own.
-    with torch._dynamo.config.patch(allow_rnn=True, recompile_limit=64):
+    # torch's LSTM and GRU are read for their weights, not called; each cell, batch and rest has a graph of its own, whose
+    # backward keeps its buffers for another (retain_graph).
+    functorch = torch._functorch.config.patch(donated_buffer=False)
+    with torch._dynamo.config.patch(allow_rnn=True, recompile_limit=64), functorch:
         yield _compiled()
 
 
