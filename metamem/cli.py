@@ -16,6 +16,7 @@ from rich.console import Console
 
 from metamem.config import AdaptConfig, Config, UserError, load_config, ownership, resolve_objectives
 from metamem.episodes.schema import is_episodes, load_episodes
+from metamem.out_of_memory import told_in_a_line
 from metamem.registry import check_options
 
 app = typer.Typer(
@@ -34,12 +35,14 @@ DRAWINGS = (".svg", ".png", ".pdf")
 
 
 def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a `UserError` (and so a `ConfigError`) into its one line on stderr and exit code 2."""
+    """Turn a `UserError` (and so a `ConfigError`), and memory that could not be had, into one line on stderr and exit
+    code 2."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
         try:
-            return command(*arguments, **options)
+            with told_in_a_line():
+                return command(*arguments, **options)
         except UserError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(USER_ERROR) from None
@@ -215,20 +218,29 @@ def ablate(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of every cell, or of the ablation: seeds=[0]"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Cells at once, one thread each (default: CPUs).")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Cells at once (default: as many as there are CPUs for).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in the last folder of this name.")] = False,
     runs: Annotated[Path, typer.Option(help="Where the ablation's folder is made.")] = Path("runs"),
+    launcher: Annotated[str, typer.Option(metavar="local|ray", help="Where the cells run.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster to join, host:port or auto (default: one of this machine).")
+    ] = None,
 ) -> None:
     """Run every cell of an ablation in a process of its own; one row of results a cell, as soon as it is finished."""
+    from metamem.analysis import launchers
     from metamem.analysis.ablation import ablation_folder, run_ablation
     from metamem.analysis.plan import plan_ablation
+    from metamem.analysis.search import best
     from metamem.progress import ablation_bar
 
+    where = launchers.launcher(launcher, address)
     plan = plan_ablation(ablation, overrides or [])
     folder = ablation_folder(plan.name, runs, resume)
     try:
         with ablation_bar() as show:
-            rows = run_ablation(plan, folder, workers, show)
+            rows = run_ablation(plan, folder, workers, show, where)
     except KeyboardInterrupt:
         typer.echo(f"interrupted: finished cells are kept in {folder}; go on with --resume", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -236,6 +248,8 @@ def ablate(
         if row.status != "done":
             at = f" at step {row.step}" if row.step is not None else ""
             typer.echo(f"{row.status}{at}: {row.cell}, seed {row.seed}: {row.message}", err=True)
+    if plan.search is not None and (found := best(plan.search, rows)):
+        typer.echo(f"best {plan.search.settings.metric}: {found[1]:.4g}, {found[0]}")
     done = sum(row.status == "done" for row in rows)
     typer.echo(f"{folder}: {done} of {len(rows)} cells done; see them with: metamem report {folder}")
     if any(row.status == "failed" for row in rows):

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metamem import Config
 from metamem.training import Diverged
 
@@ -82,3 +84,24 @@ def mark(config: Config, name: str) -> bool:
     first = not (folder / name).exists()
     (folder / name).touch()
     return first
+
+
+def threads(config: Config, seed: int) -> dict[str, float]:
+    """The threads that it has."""
+    return {"threads": torch.get_num_threads()}
+
+
+def waiting(config: Config, seed: int) -> dict[str, float]:
+    """Leaves its process's id, then waits until it may go on."""
+    mark(config, f"{config.vars['period']}-{os.getpid()}")
+    while not (Path(config.vars["marks"]) / "go").exists():
+        time.sleep(0.05)
+    return {"error": float(config.vars["period"])}
+
+
+def bowl(config: Config, seed: int) -> dict[str, float | None]:
+    """Least at a rate of 0.1 and a period of 8; diverges above a rate of 10."""
+    if config.vars["rate"] > 10:
+        raise Diverged("step 3: the loss of level 'task' is nan", 3)
+    error = math.log10(config.vars["rate"] / 0.1) ** 2 + math.log2(config.vars["period"] / 8) ** 2
+    return {"error": error + seed, "score": -error, "none": None}

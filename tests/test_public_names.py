@@ -48,6 +48,7 @@ PACKAGES = [
     "metamem",
     "metamem.adaptation",
     "metamem.analysis",
+    "metamem.analysis.launchers",
     "metamem.config",
     "metamem.controllers",
     "metamem.hierarchy",

@@ -66,7 +66,7 @@ def quality(groups: Sequence[Group], metrics: Sequence[str], factor: str) -> Fig
             _optimum(axis, optimum(groups, metric))
             axis.set_ylabel(metric)
             axis.set_xlabel(short)
-            _scale(axis, [x for line in lines.values() for x, _ in line])
+            scale(axis, [x for line in lines.values() for x, _ in line])
         legend(drawing, axes)
     caption = f"{', '.join(metrics)} at the end, against {factor}. {INTERVAL}{_optimum_caption(groups, metrics)}"
     return Figure(f"quality-{short.replace('.', '-')}", f"Quality against {short}", caption, drawing, table)
@@ -145,7 +145,7 @@ def cost(groups: Sequence[Group], metric: str) -> Figure | None:
                 table.append({"cell": group.name, "cost": name, **_row(paid, "cost"), "metric": metric, **_row(at)})
             _optimum(axis, optimum(groups, metric))
             axis.set_xlabel(label)
-            _scale(axis, [group.cost(name).mean for group in groups if group.cost(name).count], ticks=False)
+            scale(axis, [group.cost(name).mean for group in groups if group.cost(name).count], ticks=False)
         axes[0].set_ylabel(metric)
         legend(drawing, axes)
     caption = (
@@ -264,7 +264,7 @@ def _optimum_caption(groups: Sequence[Group], metrics: Sequence[str]) -> str:
     return " Dashed: the Bayes optimum." if known else ""
 
 
-def _scale(axis: Any, values: Sequence[float], ticks: bool = True) -> None:
+def scale(axis: Any, values: Sequence[float], ticks: bool = True) -> None:
     """A logarithmic axis for positive values that reach over an order of magnitude, with a tick at each of a few."""
     values = sorted(set(values))
     wide = bool(values) and values[0] > 0 and values[-1] / values[0] >= 8

@@ -15,13 +15,23 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import metamem.tasks  # noqa: F401  (fills the registry)
-from metamem.config import Config, ConfigError, Where, load_config, resolve_objectives, to_dict
-from metamem.config.ablation import AblationConfig, Attribution, FamilyConfig, load_ablation, split_overrides
+from metamem.config import Config, ConfigError, UserError, Where, load_config, resolve_objectives, to_dict
+from metamem.config.ablation import (
+    SEARCH,
+    AblationConfig,
+    Attribution,
+    FamilyConfig,
+    IntervalConfig,
+    ResourcesConfig,
+    SearchConfig,
+    load_ablation,
+    split_overrides,
+)
 from metamem.config.errors import show
 from metamem.config.overrides import Override
 from metamem.hierarchy import OuterLevels
@@ -55,6 +65,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Cells that are chosen one by one: `cells` gives those, one a seed, of a number and values of the space's keys."""
+
+    settings: SearchConfig
+    cells: Callable[[int, Mapping[str, Any]], tuple[Cell, ...]]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The cells of an ablation, seed by seed, so that one that is stopped has all cells of its first seeds."""
 
@@ -63,11 +81,15 @@ class Plan:
     base: str
     function: str | None
     cells: tuple[Cell, ...]
+    seeds: list[int]
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    retries: int = 1
+    search: Search | None = None
 
     @property
-    def seeds(self) -> list[int]:
-        """The seeds, each once."""
-        return list(dict.fromkeys(cell.seed for cell in self.cells))
+    def count(self) -> int:
+        """How many cells there will be."""
+        return len(self.cells) + (self.search.settings.trials * len(self.seeds) if self.search else 0)
 
 
 def plan_ablation(path: Path | str, overrides: Sequence[str] = ()) -> Plan:
@@ -91,7 +113,17 @@ def plan_ablation(path: Path | str, overrides: Sequence[str] = ()) -> Plan:
         for name, factors, settings in _family(ablation, family, options, base)
     ]
     first = [_first_cell(ablation, base, *one) for one in named]
-    return Plan(ablation.name, str(path), str(base), ablation.function, tuple(_all_seeds(ablation, base, first, named)))
+    return Plan(
+        ablation.name,
+        str(path),
+        str(base),
+        ablation.function,
+        tuple(_all_seeds(ablation, base, first, named)),
+        ablation.seeds,
+        ablation.resources,
+        ablation.retries,
+        None if ablation.search is None else _search(ablation, ablation.search, base, shared),
+    )
 
 
 def resolve_function(path: str, where: Where | str = "") -> Measure:
@@ -109,12 +141,23 @@ def resolve_function(path: str, where: Where | str = "") -> Measure:
     return getattr(module, name)
 
 
+def import_optuna() -> Any:
+    """Optuna, which chooses the cells of a search; or a UserError that names the extra."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("a search needs Optuna: pip install 'metamem-torch[optuna]'") from None
+    return optuna
+
+
 Named = tuple[str, str, dict[str, Any], list[Override]]  # a cell's name, family, factors, overrides
 
 
 def _all_seeds(ablation: AblationConfig, base: Path, first: Sequence[Cell], named: Sequence[Named]) -> Iterator[Cell]:
     """The cells of all seeds, given those of the first."""
     yield from first
+    if len(ablation.seeds) == 1:
+        return
     # Loading takes as long as a small training: it is done again only where something refers to the seed.
     plain = [to_dict(load_config(base, [Override("seed", seed)])) | {"seed": 0} for seed in (0, 1)]
     refers = plain[0] != plain[1] or "${" + "seed" in str([one[-1] for one in named])
@@ -192,6 +235,42 @@ def _attributions(options: FamilyConfig, config: Config) -> Iterator[tuple[str, 
         yield from ((f"without {name}", out([name])) for name in fast)
     if "add_one_in" in kinds:
         yield from ((f"only {name}", out([other for other in fast if other != name])) for name in fast)
+
+
+def _search(ablation: AblationConfig, search: SearchConfig, base: Path, shared: Sequence[Override]) -> Search:
+    """The search of an ablation. Raises ConfigError where no cell could have a value of its space: of each key the
+    ends, the middle, or every value of a list are tried, the other keys at their first."""
+    import_optuna()
+    fixed = _overrides(ablation.set, ablation.where / "set")
+
+    def named(name: str, values: Mapping[str, Any]) -> Named:
+        settings = _overrides(values, search.where / "space")
+        return name, SEARCH, dict(values), [*fixed, *settings, *shared]
+
+    def cells(number: int, values: Mapping[str, Any]) -> tuple[Cell, ...]:
+        one = named(trial_name(number, values), values)
+        return tuple(_all_seeds(ablation, base, [_first_cell(ablation, base, *one)], [one]))
+
+    probes = {key: _probes(values) for key, values in search.space.items()}
+    first = {key: values[0] for key, values in probes.items()}
+    for key, values in probes.items():
+        for value in values:
+            point = first | {key: value}
+            _first_cell(ablation, base, *named(trial_name(0, point), point))
+    return Search(search, cells)
+
+
+def _probes(values: IntervalConfig | list[Any]) -> list[Any]:
+    if isinstance(values, list):
+        return values
+    middle = (values.low * values.high) ** 0.5 if values.log else (values.low + values.high) / 2
+    return [int(x) if values.integer else x for x in (values.low, values.high, middle)]
+
+
+def trial_name(number: int, values: Mapping[str, Any]) -> str:
+    """The name of the cells of a point that a search chose."""
+    short = short_names(list(values))
+    return " ".join([SEARCH, str(number), *(f"{short[key]}={value_text(value)}" for key, value in values.items())])
 
 
 def _overrides(settings: Mapping[str, Any], where: Where) -> list[Override]:

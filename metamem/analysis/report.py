@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import metamem
-from metamem.analysis import figures, page, timescales
+from metamem.analysis import figures, page, search_figure, timescales
 from metamem.analysis.figures import Figure
 from metamem.analysis.groups import Group, Source, merge_trainings, metrics_of, optimum, read_source
 from metamem.analysis.plan import value_text
 from metamem.analysis.style import png, svg
 from metamem.config import UserError
+from metamem.config.ablation import SEARCH
 
 REPORT, FIGURES = "report.html", "figures"
 
@@ -31,7 +32,13 @@ def write_report(runs: Sequence[Path], folder: Path | None = None, metrics: Sequ
     groups = [group for source in sources for group in source.groups]
     chosen = metrics_of(groups, metrics)
     folder = runs[0] / "report" if folder is None else folder
-    drawn = list(draw(groups, chosen))
+    goals = {
+        source.about["search"][goal]: goal
+        for source in sources
+        for goal in ("minimise", "maximise")
+        if (source.about.get("search") or {}).get(goal)
+    }
+    drawn = list(draw(groups, chosen, goals))
     try:
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
         (folder / REPORT).write_text(_page(sources, groups, chosen, drawn), encoding="utf-8")
@@ -43,11 +50,13 @@ def write_report(runs: Sequence[Path], folder: Path | None = None, metrics: Sequ
     return folder / REPORT
 
 
-def draw(groups: Sequence[Group], metrics: Sequence[str]) -> Iterator[Figure]:
-    """All figures for which there is something to draw."""
+def draw(groups: Sequence[Group], metrics: Sequence[str], goals: dict[str, str] | None = None) -> Iterator[Figure]:
+    """All figures for which there is something to draw; `goals`: metric -> what a search did with it."""
+    yield from _some(search_figure.search(groups, goals or {}))
     if metrics:
-        for factor in figures.numeric_factors(groups):
-            yield figures.quality(groups, metrics, factor)
+        planned = [group for group in groups if group.family != SEARCH]  # a grid has lines, a search's points none
+        for factor in figures.numeric_factors(planned):
+            yield figures.quality(planned, metrics, factor)
         yield from _some(figures.attribution(groups, metrics), figures.overview(groups, metrics))
         yield from _some(figures.cost(groups, metrics[0]))
     yield from _some(timescales.spectra(groups), timescales.level_norms(groups), timescales.gates(groups))
@@ -94,6 +103,7 @@ def _about(source: Source) -> str:
         ("command", about.get("command", "")),
         ("config", str(about["source"]) + (f", over {about['base']}" if about.get("base") else "")),
         ("measured by", about.get("function") or ""),
+        ("search", _searched(about.get("search"))),
         ("seeds", ", ".join(map(str, about["seeds"]))),
         ("cells", str(len(about["cells"])) if about["cells"] else ""),
         ("started", about.get("started", "")),
@@ -110,6 +120,13 @@ def _about(source: Source) -> str:
         + config
         + (page.folded("What each cell sets", cells) if cells else "")
     )
+
+
+def _searched(search: dict[str, Any] | None) -> str:
+    if search is None:
+        return ""
+    goal = "minimise" if search["minimise"] else "maximise"
+    return f"{search['sampler']}, {search['trials']} points, to {goal} {search[goal]}"
 
 
 def _results(groups: Sequence[Group], metrics: Sequence[str]) -> str:
