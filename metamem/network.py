@@ -9,7 +9,7 @@ A name that only connections use is a junction: it passes on what was joined the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metamem import attention, controllers  # noqa: F401  (they register their kinds)
 from metamem.config import Config, NetworkConfig, Where, check_measured, measured_objectives, network_config
+from metamem.config.convert import Range
 from metamem.config.schema import ConnectionConfig, RouterConfig
 from metamem.globs import matches
 from metamem.hierarchy import learned_rates, token_levels
@@ -27,6 +28,7 @@ from metamem.memory.base import Out
 from metamem.memory.fast_weights import FastWeights
 from metamem.memory.level import TokenLevel
 from metamem.memory.mnm import MNM
+from metamem.out_of_memory import fits
 from metamem.registry import MODULES
 from metamem.routing import Mixture, Router
 from metamem.state import State, Stateful
@@ -52,7 +54,8 @@ def build(config: Config) -> Network:
     that no memory has, and an objective `aux.<glob>` of something that nothing measures.
     """
     torch.manual_seed(config.seed)
-    network = _Builder(config).network(config.network, "")
+    with fits():
+        network = _Builder(config).network(config.network, "")
     used = {level.name for module in network.modules() for level in getattr(module, "levels", ())}
     for level in config.hierarchy.levels:
         if level.clock == "token" and level.name not in used:
@@ -219,8 +222,11 @@ class Repeat(Stateful):
         return Out(x, after, aux)
 
 
+Repeats = Annotated[int, Range(low=1, high=1000)]
+
+
 @MODULES.register("network")
-def _nested(modules: dict[str, Any], connections: list[Any], repeat: int | None = None) -> nn.Module:
+def _nested(modules: dict[str, Any], connections: list[Any], repeat: Repeats | None = None) -> nn.Module:
     """A graph within a graph; `repeat` copies of it, one after the other. Built by `build`, which knows its place."""
     raise NotImplementedError
 
@@ -261,8 +267,6 @@ class _Builder:
         graph, repeat = network_config(options, where), options.get("repeat")
         if repeat is None:
             return self.network(graph, f"{path}.")
-        if repeat < 1:
-            raise (where / "repeat").error(f"must be at least 1, not {repeat}")
         copies = [self.network(graph, f"{path}.{index}.") for index in range(repeat)]
         ends = copies[0].dim_in, copies[0].dim_out
         if repeat > 1 and None not in ends and ends[0] != ends[1]:

@@ -40,12 +40,15 @@ class Registry(Generic[T]):
     """Name -> constructor of a `T`.
 
     `noun` is what errors call an entry, `key` the config key that names one, `builder_args` the constructor arguments
-    that the builder supplies and no config can.
+    that the builder supplies and no config can, `makes` whether a class that a dotted path names is one of an entry.
     """
 
-    def __init__(self, noun: str, key: str, builder_args: Collection[str] = ()) -> None:
+    def __init__(
+        self, noun: str, key: str, builder_args: Collection[str] = (), makes: Callable[[type], bool] | None = None
+    ) -> None:
         self.noun = noun
         self.key = key
+        self.makes = makes
         self.builder_args = frozenset(builder_args)
         self._constructors: dict[str, Callable[..., T]] = {}
 
@@ -79,6 +82,10 @@ class Registry(Generic[T]):
         place = Where.of(where) / self.key
         if "." in name:
             constructor = resolve_objective(name, place)
+            made = constructor if isinstance(constructor, type) else _hints(constructor).get("return")
+            # Options of a config are given to nothing else: what comes with a run must not call whatever there is.
+            if self.makes is not None and not (isinstance(made, type) and self.makes(made)):
+                raise place.error(f"{name} is no {self.noun}: name a class of one, or a function annotated to give one")
             if bare := self._bare(constructor):
                 raise place.error(f"{name}: annotate {bare!r}, to check configs by")
             return constructor
@@ -235,12 +242,19 @@ def _keywords(constructor: Callable[..., Any]) -> list[inspect.Parameter]:
 @functools.cache
 def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
     function = constructor.__init__ if isinstance(constructor, type) else constructor
-    return get_type_hints(function, include_extras=True)
+    try:
+        return get_type_hints(function, include_extras=True)
+    except TypeError:  # of a builtin
+        return {}
 
 
-MODULES: Registry[Any] = Registry("module kind", key="kind", builder_args={"levels", "router"})
-TASKS: Registry[Any] = Registry("task", key="name")
-TRACKERS: Registry[Any] = Registry("tracker", key="name", builder_args={"folder", "settings", "step"})
+MODULES: Registry[Any] = Registry(
+    "module kind", key="kind", builder_args={"levels", "router"}, makes=lambda made: issubclass(made, nn.Module)
+)
+TASKS: Registry[Any] = Registry("task", key="name", makes=lambda made: hasattr(made, "sample"))
+TRACKERS: Registry[Any] = Registry(
+    "tracker", key="name", builder_args={"folder", "settings", "step"}, makes=lambda made: hasattr(made, "log")
+)
 
 
 def check_options(config: Config) -> None:

@@ -97,6 +97,8 @@ def test_a_wrong_type_is_named(path: tuple[Any, ...], data: st.DataObject) -> No
 @example("a: 2000-01-01")
 @example("a: !!int x")
 @example("---\n---\n")
+@example("a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 400)))
+@example("a: &a [*a, *a]")
 def test_no_text_gives_a_traceback(text: str) -> None:
     Path("any.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     error_of(lambda: load_config(Path("any.yaml")))

@@ -214,7 +214,7 @@ REFUSED = {
         "module={kind: perceptron, width: [1, 1]}"
     ],
     "torch.nn.Linear cannot be made": ["module={kind: torch.nn.Linear, size: 3}"],
-    "torch.nn.functional.relu makes a Tensor, not an nn.Module": None,
+    "kind: os.mkdir is no class of nn.Module": ["module={kind: os.mkdir, path: marked}"],
     "there is no 'Linaer' in torch.nn": ["module={kind: torch.nn.Linaer}"],
     "there is no inner optimizer 'rmsprop'": [f"{LEVEL}.optimizer={{name: rmsprop, lr: 0.1}}"],
     "there is no step optimizer 'adem'; did you mean 'adam'?": [
@@ -251,24 +251,12 @@ class Normed(nn.Sequential):
         super().__init__(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
 
-class Function:
-    """What is no module."""
-
-    def __new__(cls):
-        return torch.zeros(1)
-
-
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_is_wrong_is_one_line_that_says_where(reason, tmp_path, monkeypatch):
     groups = "hierarchy.groups={all: {match: '**'}}"
     overrides = REFUSED[reason]
     if "running statistics" in reason:
         overrides = [f"module={{kind: {Normed.__module__}.Normed}}", groups]
-    if "not an nn.Module" in reason:
-        overrides, reason = (
-            [f"module={{kind: {Function.__module__}.Function}}", groups],
-            "makes a Tensor, not an nn.Module",
-        )
     with pytest.raises(UserError) as raised:
         train_episodes(load_episodes(MAML, [*SMALL, *overrides]), tmp_path)
     assert reason in str(raised.value) and "\n" not in str(raised.value)

@@ -202,7 +202,7 @@ def test_a_module_that_feeds_itself_is_a_cycle():
         (
             {"body": NESTED % ("repeat: 0, ", LINEAR, INNER_EDGES)},
             ["from: e, to: body", "from: body, to: out"],
-            "network.modules.body.repeat: must be at least 1, not 0",
+            "network.modules.body.repeat: must be at least 1 and at most 1000, not 0",
         ),
         *(
             ({name: LINEAR}, [f"from: e, to: {name}", f"from: {name}, to: out"], f"{name!r} is a name that ")

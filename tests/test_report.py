@@ -262,7 +262,11 @@ def test_what_is_no_run_is_one_line(tmp_path):
     result = CliRunner().invoke(cli.app, ["report", str(tmp_path)])
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert f"{tmp_path}: neither an ablation nor a run" in result.stderr
-    (tmp_path / PLAN).write_text(json.dumps({"name": "x", "cells": [], "fingerprints": []}))
+    (tmp_path / PLAN).write_text(
+        json.dumps(
+            {"name": "x", "source": "x.yaml", "base": None, "config": "", "seeds": [0], "cells": [], "fingerprints": []}
+        )
+    )
     result = CliRunner().invoke(cli.app, ["report", str(tmp_path)])
     assert result.exit_code == 2 and "no cell is finished yet" in result.stderr
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import shutil
@@ -25,7 +24,8 @@ from metamem.analysis.plan import Cell, resolve_function
 from metamem.analysis.results import DiskFull, Result, is_full
 from metamem.analysis.spectrum import lags_up_to, memory_inputs, memory_spectrum
 from metamem.analysis.trace import trace_levels
-from metamem.config import Config
+from metamem.config import Config, UserError
+from metamem.json_files import is_number, is_text, is_whole, read_rows
 from metamem.network import Network
 from metamem.registry import TASKS
 from metamem.training import Diverged, build_task, train
@@ -104,12 +104,15 @@ def train_cell(config: Config, root: Path) -> dict[str, Any]:
 
 def run_rows(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The metrics of a training's last evaluation and its final losses, and its curves, from its run folder."""
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    rows = list(read_rows(folder / METRICS, "a row of a training", {"kind": is_text, "step": is_whole}))
     logged, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "evaluation"))
+    for row in (*logged, *evaluated):
+        if not all(is_number(value) for key, value in row.items() if key != "kind"):
+            raise UserError(f"{folder / METRICS}: a row of step {row['step']} has more than numbers in it")
     metrics = _numbers(evaluated[-1]) if evaluated else {}
     if logged:
         late = [row for row in logged if row["step"] > (1 - LAST) * logged[-1]["step"]]
-        metrics |= {key: sum(row[key] for row in late) / len(late) for key in logged[-1] if key.startswith("loss/")}
+        metrics |= {key: _mean(late, key) for key in logged[-1] if key.startswith("loss/")}
     return metrics, _curves(logged) | (_curves(evaluated) if len(evaluated) > 1 else {})
 
 
@@ -124,6 +127,12 @@ def spectra(model: Network, inputs: Tensor) -> dict[str, dict[str, Any]]:
             curve = {"x": lags, "y": values.tolist(), "period": period}
             curves[f"spectrum/{path}/{level}"] = curve
     return curves
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The mean of what rows have under a key; None where one has no number there."""
+    values = [row.get(key) for row in rows]
+    return None if None in values else sum(values) / len(values)
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from metamem.analysis.cell import run_rows
 from metamem.analysis.results import Result, read_results
 from metamem.analysis.statistics import Interval, interval
 from metamem.config import UserError, to_dict, to_yaml
+from metamem.json_files import Check, is_mapping, is_text, is_whole, list_of, or_null, read_json
 from metamem.training.run_folder import CONFIG, METRICS, run_config
 
 OPTIMUM = "optimum"  # a metric of this name, or `optimum/<metric>`, is the best that can be had
@@ -82,8 +83,21 @@ def read_source(folder: Path) -> Source:
     raise UserError(f"{folder}: neither an ablation nor a run (it has no {PLAN}, and no {CONFIG} with {METRICS})")
 
 
+def _is_cell(value: Any) -> bool:
+    return is_mapping(value) and is_text(value.get("name")) and is_mapping(value.get("overrides"))
+
+
+DESCRIBED: dict[str, Check] = {
+    **dict.fromkeys(("name", "source", "config"), is_text),
+    "base": or_null(is_text),
+    "seeds": list_of(is_whole),
+    "cells": list_of(_is_cell),
+    "fingerprints": list_of(is_text),
+}
+
+
 def _ablation(folder: Path) -> Source:
-    about = json.loads((folder / PLAN).read_text())
+    about = read_json(folder / PLAN, "the description of an ablation", DESCRIBED)
     wanted = set(about["fingerprints"])
     rows = [row for row in read_results(folder) if row.fingerprint in wanted]
     latest = {(row.cell, row.seed): row for row in rows}  # one that failed may have been run again

@@ -13,13 +13,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from metamem.config import UserError
+from metamem.json_files import Check, are_numbers, is_mapping, is_text, is_whole, or_null, read_rows
 
 RESULTS, RESERVE = "rows.jsonl", "reserve"
+BEGINNING = b'{"cell"'  # of a line
 RESERVED = 1 << 20  # bytes; rows of a few hundred cells
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -56,19 +58,35 @@ class Result:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """The rows of an ablation's folder. A last line that is not whole is no row."""
+    """The rows of an ablation's folder. A last line that is not whole is no row. Raises UserError for a line that is
+    something else."""
     path = folder / RESULTS
-    if not path.is_file():
+    if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            rows.append(Result(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a row of an ablation: {error}") from None
-    return rows
+    rows = read_rows(path, "a row of an ablation", ROW)
+    return [Result(**{key: value for key, value in row.items() if key in FIELDS}) for row in rows]
+
+
+def _are_curves(value: Any) -> bool:
+    return is_mapping(value) and all(
+        is_mapping(curve)
+        and all(isinstance(curve.get(axis), list) for axis in ("x", "y"))
+        and len(curve["x"]) == len(curve["y"])
+        for curve in value.values()
+    )
+
+
+FIELDS = tuple(item.name for item in fields(Result))
+ROW: dict[str, Check] = {
+    **dict.fromkeys(("cell", "family", "fingerprint"), is_text),
+    **dict.fromkeys(("factors", "overrides", "more"), is_mapping),
+    **dict.fromkeys(("metrics", "cost"), are_numbers),
+    **dict.fromkeys(("seed", "attempts"), is_whole),
+    "status": lambda value: value in ("done", "diverged", "failed"),
+    "curves": _are_curves,
+    "step": or_null(is_whole),
+    "message": or_null(is_text),
+}
 
 
 class ResultsFile:
@@ -76,14 +94,21 @@ class ResultsFile:
 
     def __init__(self, folder: Path) -> None:
         self.path, self.reserve = folder / RESULTS, folder / RESERVE
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._descriptor)
             raise UserError(f"{folder}: another process is running this ablation") from None
         text = self.path.read_bytes()
-        os.ftruncate(self._descriptor, text.rfind(b"\n") + 1)
+        whole = text.rfind(b"\n") + 1
+        if not text[whole:].startswith(BEGINNING[: len(text) - whole]):
+            self.close()
+            raise UserError(f"{self.path}: not the rows of an ablation: its last line is none")
+        os.ftruncate(self._descriptor, whole)
         try:
             self.reserve.write_bytes(os.urandom(RESERVED))  # no file system stores it in less
         except OSError as error:

@@ -89,7 +89,9 @@ def check_network(network: NetworkConfig) -> None:
                 raise place.unknown(f"there is no module or junction {source!r}", source, known)
         if connection.to not in used and connection.to not in network.modules and connection.to != "out":
             raise (connection.where / "to").unknown(
-                f"{connection.to!r} is no module, and no connection leads on from it", connection.to, [*known, "out"]
+                f"{connection.to!r} is no module, and no connection leads on from it",
+                connection.to,
+                [*(name for name in known if name != connection.to), "out"],
             )
     for name in network.modules:
         if name not in targets or name not in used:

@@ -1,6 +1,6 @@
 """Plain YAML values to typed Python ones, by annotation: the one type check of configs and of registered options.
 
-Understood are bool, int, float, str, None, `Literal`, unions, `list[X]`, `tuple[X, ...]`, `tuple[X, Y]`,
+Understood are bool, int, float, str, None, `Literal`, unions, `list[X]`, `Sequence[X]`, `tuple[X, ...]`, `tuple[X, Y]`,
 `dict[str, X]`, `Any`, schema dataclasses, and `Annotated` with a `Range`, `ONE_OR_MORE`, `DOTTED` or `ByName`.
 OmegaConf's structured configs know most of these, but their errors lose the index inside a list and know neither file
 nor line.
@@ -51,6 +51,7 @@ class ByName:
     order: Callable[[Any], Any]
 
 
+LISTS = (list, Sequence)
 SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a mapping"}
 
 
@@ -72,7 +73,7 @@ def convert(value: Any, annotation: Any, where: Where) -> Any:
         if abs(value) > 1e300 or not math.isfinite(value):
             raise where.error(f"{show(value)} is not a finite number")
         return float(value)
-    if origin is list:
+    if origin in LISTS:
         return [convert(item, (*arguments, Any)[0], where / i) for i, item in enumerate(value)]
     if origin is tuple and arguments:
         return tuple(convert(item, kind, where / i) for i, (item, kind) in enumerate(_pairs(value, arguments, where)))
@@ -164,7 +165,7 @@ def describe(annotation: Any) -> str:
         return ", ".join(map(show, arguments))
     if annotation in (None, types.NoneType):
         return "null"
-    if origin is list or (origin is tuple and (not arguments or arguments[-1] is ...)):
+    if origin in LISTS or (origin is tuple and (not arguments or arguments[-1] is ...)):
         return "a list"
     if origin is tuple:
         return f"a list of {len(arguments)}"
@@ -218,7 +219,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return type(value) is int or (isinstance(value, float) and value.is_integer())
     if origin is float:
         return type(value) in (int, float)
-    if origin in (list, tuple):
+    if origin in (*LISTS, tuple):
         return isinstance(value, list)
     if origin is dict or dataclasses.is_dataclass(annotation):
         return isinstance(value, dict)

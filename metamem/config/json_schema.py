@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from metamem.config.convert import DOTTED, ONE_OR_MORE, ByName, Range, key_of, schema_fields
+from metamem.config.convert import DOTTED, LISTS, ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.schema import Config, NetworkConfig
 from metamem.registry import MODULES, TASKS, TRACKERS, Registry, is_module, is_module_mapping
 
@@ -90,7 +90,7 @@ def _schema(annotation: Any, definitions: Schema, in_list: bool = False) -> Sche
         return {"type": "string"}
     if origin in _SCALARS:
         return {"anyOf": [{"type": _SCALARS[origin]}, _REFERENCE]}
-    if origin is list or (origin is tuple and (not arguments or arguments[-1] is ...)):
+    if origin in LISTS or (origin is tuple and (not arguments or arguments[-1] is ...)):
         return {"type": "array", "items": _schema((*arguments, Any)[0], definitions, in_list=True)}
     if origin is tuple:
         items = [_schema(item, definitions) for item in arguments]

@@ -58,7 +58,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def _load(path: Path, asked_by: str, chain: tuple[Path, ...]) -> Node:
     """The merged tree of a file and all that it extends."""
-    place, identity = display(path), path.resolve()
+    place, identity = display(path), Path(os.path.realpath(path))
     if identity in chain:
         cycle = " -> ".join(display(step) for step in (*chain[chain.index(identity) :], identity))
         raise Where.of(asked_by).error(f"extends goes in a circle: {cycle}")
@@ -103,7 +103,7 @@ def read_text(path: Path, asked_by: str) -> str:
 def display(path: Path) -> str:
     """A path as the user knows it: relative to the current folder where it lies in it."""
     try:
-        relative = os.path.relpath(path.resolve())
+        relative = os.path.relpath(os.path.realpath(path))
     except (OSError, ValueError):
         return str(path)
     return str(path) if relative.startswith("..") else relative

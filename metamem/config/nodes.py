@@ -26,6 +26,7 @@ _SCALARS = (
         list("-+.0123456789"),
     ),
 )
+MOST = 1_000_000  # values of a document: aliases of aliases would come to more than any memory holds
 TOO_LONG = 4000  # digits; Python refuses to read longer integers, and no config means one
 
 
@@ -65,10 +66,24 @@ class Node:
 
 def parse(text: str, place: str, numbered: bool = True) -> Node:
     """The tree of a YAML document; `place` is its file, to which lines are added unless `numbered` is false."""
+    return _copied(_parsed(text, place, numbered))
+
+
+def _copied(node: Node) -> Node:
+    """The same tree, whose mappings and lists may be changed."""
+    if isinstance(node.value, dict):
+        return Node({key: _copied(child) for key, child in node.value.items()}, node.place)
+    return Node([_copied(child) for child in node.value] if isinstance(node.value, list) else node.value, node.place)
+
+
+@functools.lru_cache(maxsize=256)  # the cells of an ablation are made of the same few files
+def _parsed(text: str, place: str, numbered: bool) -> Node:
     try:
         node = _Loader(text).get_single_node()
         if node is None:
             return Node(None, place)
+        if _count(node, {}) > MOST:
+            raise Where.of(place).error(f"not valid YAML: its aliases come to more than {MOST:,} values")
         return Node(_value(node, place, numbered, ()), place)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -79,6 +94,16 @@ def parse(text: str, place: str, numbered: bool = True) -> Node:
         raise Where.of(place).error(f"not valid YAML: {error}") from None
     except RecursionError:
         raise Where.of(place).error("not valid YAML: nested too deeply") from None
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """The values that a node comes to, what aliases name counted each time."""
+    if id(node) not in known:
+        known[id(node)] = 0  # in itself: an error of its own
+        inside = node.value if isinstance(node, yaml.SequenceNode) else []
+        inside = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else inside
+        known[id(node)] = 1 + sum(_count(child, known) for child in inside)
+    return known[id(node)]
 
 
 def _place(place: str, numbered: bool, node: yaml.Node) -> str:

@@ -44,6 +44,15 @@ def resolve_objective(path: str, where: Where | str) -> Objective:
     return function
 
 
+def resolve_class(path: str, base: type, where: Where | str) -> type[Any]:
+    """The class at a dotted path, a `base`. Raises ConfigError where it is none: what a config says is given to a
+    constructor of such, and to nothing else, so that a config that comes with a run calls nothing."""
+    found = resolve_objective(path, where)
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise Where.of(where).error(f"{path} is no class of nn.{base.__name__}, and nothing else is made here")
+    return found
+
+
 def statistics(objective: Objective) -> list[str]:
     """What of routers an objective is of: its parameters, where all that have no default are named as what routers
     measure; none for a loss per token."""

@@ -15,6 +15,7 @@ from metamem.episodes.level import Adapted, Batch, EngineError, Episode, Episode
 from metamem.episodes.rates import Rates
 from metamem.episodes.registry import build_module
 from metamem.episodes.schema import EpisodeLevelConfig, EpisodeOptimizerConfig, EpisodesConfig
+from metamem.out_of_memory import fits
 
 MODULE = "module."  # before the names of a module's parameters, as groups see them
 
@@ -53,7 +54,8 @@ def build_learner(config: EpisodesConfig) -> Learner:
     Raises ConfigError for what cannot be, among it what the engine cannot do with this module.
     """
     torch.manual_seed(config.seed)
-    module = build_module(config.module, config.where / "module")
+    with fits():
+        module = build_module(config.module, config.where / "module")
     level = config.inner
     try:
         return Learner(module, _level(config, level, module))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metamem.config.errors import Where
-from metamem.config.resolve import resolve_objective
+from metamem.config.resolve import resolve_class
 from metamem.episodes.level import Episode
 from metamem.registry import Registry
 
@@ -45,7 +45,7 @@ class EpisodicTask(Protocol):
         ...
 
 
-EPISODES: Registry[EpisodicTask] = Registry("episodic task", key="name")
+EPISODES: Registry[EpisodicTask] = Registry("episodic task", key="name", makes=lambda made: hasattr(made, "sample"))
 EPISODE_MODULES: Registry[nn.Module] = Registry("episodic module kind", key="kind")
 
 
@@ -55,11 +55,8 @@ def build_module(options: Mapping[str, Any], where: Where) -> nn.Module:
     arguments = {key: value for key, value in options.items() if key != "kind"}
     if "." not in kind:
         return EPISODE_MODULES.build(kind, arguments, where)
-    made = resolve_objective(kind, where / "kind")
+    made = resolve_class(kind, nn.Module, where / "kind")
     try:
-        module = made(**arguments)
+        return made(**arguments)
     except (TypeError, ValueError) as error:
         raise where.error(f"{kind} cannot be made: {error}") from error
-    if not isinstance(module, nn.Module):
-        raise (where / "kind").error(f"{kind} makes a {type(module).__name__}, not an nn.Module")
-    return module

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metamem.config.errors import UserError
 from metamem.config.resolve import Objective, statistics
 from metamem.globs import match_names
 from metamem.memory.signals import Objectives
+from metamem.out_of_memory import is_out_of_memory
 from metamem.targets import Targets, asked
 
 
@@ -23,9 +25,21 @@ def loss_per_token(
     """Σ weight · objective(pred, target); 0 at the positions that are not asked, which no objective sees."""
     wanted = asked(target)
     if wanted.all():
-        return torch.stack([weight * objective(pred, target) for objective, weight in objectives.items()]).sum(0)
+        return torch.stack([weight * _of(objective, pred, target) for objective, weight in objectives.items()]).sum(0)
     losses = loss_per_token(objectives, pred[wanted], target[wanted])
     return losses.new_zeros(wanted.shape).masked_scatter(wanted, losses)
+
+
+def _of(objective: Objective, pred: Tensor, target: Tensor) -> Tensor:
+    """objective(pred, target). Raises UserError where it is one of other shapes than the task's."""
+    try:
+        return objective(pred, target)
+    except (ValueError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        shapes = " with targets ".join(f"{tensor.dtype}{list(tensor.shape)}" for tensor in (pred, target))
+        name = f"{objective.__module__}.{getattr(objective, '__name__', '')}"
+        raise UserError(f"the objective {name} cannot compare predictions {shapes}: {error}") from error
 
 
 def measured_loss(measured: Mapping[str | Objective, float], aux: Mapping[str, Tensor]) -> Tensor | float:

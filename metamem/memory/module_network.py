@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from metamem.config.errors import ConfigError
-from metamem.config.resolve import resolve_objective
+from metamem.config.resolve import resolve_class
 from metamem.memory import recurrence, signals
 from metamem.memory.chunkwise import refresh
 from metamem.memory.component import Carry, Learner, fire_all
@@ -78,7 +78,7 @@ class ModuleNetwork:
 
 def _found(path: str) -> Callable[..., nn.Module]:
     try:
-        return resolve_objective(path, "network")
+        return resolve_class(path, nn.Module, "network")
     except ConfigError as error:  # the builder knows the place: file and key
         raise ValueError(str(error).removeprefix("network: ")) from error
 

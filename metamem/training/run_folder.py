@@ -103,7 +103,7 @@ def cut_metrics(path: Path, step: int) -> None:
     off."""
     kept = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1):
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") and line.startswith(b"{"):
             break
         try:
             row = json.loads(line)

@@ -101,7 +101,11 @@ def load(path: Path) -> Tensor:
     if not path.is_file():
         raise TaskError(f"{path}: there is no Unifont; install your system's package of it, or give task.path")
     rows: dict[str, None] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path}: not a Unifont hex file ({error})") from None
+    for number, line in enumerate(lines, start=1):
         _, colon, digits = line.partition(":")
         if not colon or len(digits) not in (32, 64):
             raise TaskError(f"{path}:{number}: not a line of a Unifont hex file, CODE:ROWS")
