@@ -202,7 +202,7 @@ def _run_of(cell: MemoryCell) -> Iterator[Tokens]:
     if not _compiles(cell):
         yield MemoryCell._tokens
         return
-    # torch's LSTM and GRU are read for their weights, not called; each cell, batch and rest has a graph of its own, whose
+    # torch's LSTM and GRU are read for their weights, not called; each cell, batch and rest has a graph of its own. A
     # backward keeps its buffers for another (retain_graph).
     functorch = torch._functorch.config.patch(donated_buffer=False)
     with torch._dynamo.config.patch(allow_rnn=True, recompile_limit=64), functorch:
