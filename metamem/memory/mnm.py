@@ -187,7 +187,7 @@ def only(levels: Sequence[TokenLevel]) -> TokenLevel:
     if level.signal not in ("backprop", "predicted_targets"):
         raise ValueError(
             f"level {level.name!r}: an mnm takes the signals 'backprop' (MNM-g) and 'predicted_targets' (MNM-p), not "
-            f"{name_of(level.signal)!r}; the kind fast_weights takes it"
+            f"{signals.name_of(level.signal)!r}; the kind fast_weights takes it"
         )
     for field in dataclasses.fields(level):
         value = getattr(level, field.name)
