@@ -18,7 +18,7 @@ help:
 	@echo "make run [SEEDS=3]  meta-train the quickstart model, then stream English it has never read"
 	@echo "make test [ARGS=..] run the whole test suite"
 	@echo "make check          lint, formatting, types, import rules"
-	@echo "make bench [BENCH=..] speed and memory: fast_weights (beside a peer), rules (every preset), mnm, slots, engines (inner loops)"
+	@echo "make bench [BENCH=..] speed and memory: fast_weights (beside a peer), rules (every preset), mnm, slots, engines (inner loops), distributed (processes)"
 	@echo "make reliability    kill -9, full disks, damaged files, …: how many faults were tried, and how many survived"
 	@echo "make docs           the documentation as a site, site/index.html"
 	@echo "make install        set up .venv and nothing else"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from metamem.config import AdaptConfig, Config, UserError, load_config, ownership, resolve_objectives
 from metamem.episodes.schema import is_episodes, load_episodes
+from metamem.launch import first, refuse_many, wait_to_be_ended
 from metamem.out_of_memory import told_in_a_line
 from metamem.registry import check_options
 
@@ -44,10 +45,22 @@ def user_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             with told_in_a_line():
                 return command(*arguments, **options)
         except UserError as error:
+            wait_to_be_ended(error)
             typer.echo(str(error), err=True)
             raise typer.Exit(USER_ERROR) from None
 
     return run
+
+
+def one_process(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`user_errors` for a command that several processes have no shares in."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        refuse_many(command.__name__)
+        return command(*arguments, **options)
+
+    return user_errors(run)
 
 
 @app.callback()
@@ -112,8 +125,15 @@ def train(
     run(config, overrides or [], runs, {"step": step, "say": _say} if resume else None)
 
 
+def _tell(text: str) -> None:
+    """What one process says of a training that several may be in."""
+    if first():
+        typer.echo(text)
+
+
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    if first():
+        typer.echo(text, err=True)
 
 
 def _train(path: Path, overrides: list[str], runs: Path, resumed: dict[str, Any] | None) -> None:
@@ -134,7 +154,7 @@ def _train(path: Path, overrides: list[str], runs: Path, resumed: dict[str, Any]
             f"metamem train --resume {trained.folder}"
         )
         raise typer.Exit(INTERRUPTED)
-    typer.echo(
+    _tell(
         f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; adapt it with: "
         f"metamem adapt {trained.folder} --input FILE"
     )
@@ -152,18 +172,18 @@ def _train_episodes(path: Path, overrides: list[str], runs: Path, resumed: dict[
     for count, found in trained.evaluation.items():
         figures = ", ".join(f"{name} {estimate}" for name, estimate in {"loss": found.loss, **found.figures}.items())
         diverged = f", {found.diverged} of {found.loss.tasks} tasks diverged" if found.diverged else ""
-        typer.echo(f"after {count} updates: {figures}{diverged}")
+        _tell(f"after {count} updates: {figures}{diverged}")
     if trained.interrupted:
         _say(
             f"interrupted at step {trained.step}: {trained.folder} holds the best checkpoint, of step {trained.best}; "
             f"go on with: metamem train --resume {trained.folder}"
         )
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; the best is of step {trained.best}")
+    _tell(f"{trained.folder}: {trained.step} steps in {trained.seconds:.0f} s; the best is of step {trained.best}")
 
 
 @app.command()
-@user_errors
+@one_process
 def adapt(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A run's folder, or one of a transformers causal language model.")
@@ -211,7 +231,7 @@ def adapt(
 
 
 @app.command()
-@user_errors
+@one_process
 def ablate(
     ablation: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML ablation: a grid over a config.")],
     overrides: Annotated[
@@ -257,7 +277,7 @@ def ablate(
 
 
 @app.command()
-@user_errors
+@one_process
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of ablations or of trainings.")],
     to: Annotated[
@@ -272,7 +292,7 @@ def report(
 
 
 @app.command()
-@user_errors
+@one_process
 def check(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -341,7 +361,7 @@ def _check_episodes(path: Path, overrides: list[str] | None) -> None:
 
 
 @app.command()
-@user_errors
+@one_process
 def trace(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     output: Annotated[
@@ -373,7 +393,7 @@ def trace(
 
 
 @app.command()
-@user_errors
+@one_process
 def schema(
     of: Annotated[
         Literal["config", "episodes", "adapt"],

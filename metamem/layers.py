@@ -40,6 +40,10 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=1e-6)
         self.dim_in = self.dim_out = dim
 
+    def forward(self, x: Tokens) -> Tokens:
+        """x of length √dim, times the gain."""
+        return super().forward(x.to(self.weight.dtype))  # under autocast, a layer before may give less
+
 
 @MODULES.register("linear")
 class Linear(nn.Linear):

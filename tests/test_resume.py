@@ -313,7 +313,7 @@ def test_more_steps_that_are_not_exact_are_said_to_be_none(overrides, tmp_path):
 
 
 def test_what_changes_is_said_by_name_and_logged(stopped, monkeypatch):
-    monkeypatch.setattr("metamem.training.resuming.made_with", lambda: {"metamem": "9.9", "torch": "1.0"})
+    monkeypatch.setattr("metamem.training.resuming.made_with", lambda processes: {"metamem": "9.9", "torch": "1.0"})
     rate = "hierarchy.levels.quick.optimizer.lr"
     _, said = resumed(stopped, f"{rate}=0.01", "training.log_every=2", "training.checkpoint_every=4")
     assert f"{stopped}: {rate} was 0.05, and is 0.01: it does not go on exactly" in said

@@ -200,15 +200,22 @@ class HierarchyConfig(Located):
 
 @dataclass(frozen=True)
 class RunTrainingConfig(Located):
-    """What every training has: `steps` outer steps, a schedule of the rates of its outer levels, checkpoints (all that
-    going on exactly needs, every `checkpoint_every` steps, of the last `keep_last` of them), and `trackers` of its
-    metrics, by name or as a mapping of names to their options."""
+    """What every training has: `steps` outer steps over a `batch` each, a schedule of the rates of its outer levels,
+    checkpoints (all that going on exactly needs, every `checkpoint_every` steps, of the last `keep_last` of them), and
+    `trackers` of its metrics, by name or as a mapping of names to their options.
+
+    It runs on a kind of `device`. Where torchrun starts several processes, each has its share of the batch, on a device
+    of its own, and all weights and optimizer states (`ddp`) or its part of them (`fsdp`).
+    """
 
     steps: Count
+    batch: Count
     schedule: Literal["constant", "cosine"] = "constant"
     checkpoint_every: Count = 200
     keep_last: Count = 2
     trackers: list[str] | dict[str, Any] = field(default_factory=list)
+    device: Literal["cpu", "cuda"] = "cpu"
+    distributed: Literal["ddp", "fsdp"] = "ddp"
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,10 @@ class TrainingConfig(RunTrainingConfig):
     never). All that going on exactly needs is kept every `checkpoint_every` steps, of the last `keep_last` of them; and
     of the evaluation with the lowest (`best_mode: min`) or highest (`max`) `best_metric`, whose weights are then the
     run's (null: the last ones are). Metrics go to `trackers` too: names, or names and their options.
+
+    In `bfloat16` precision the network's products are computed in it by autocast; weights, fast ones too, states and
+    losses stay in float32. It runs on a kind of `device`; where torchrun starts several processes, each has its share
+    of the batch, and all weights and optimizer states (`distributed: ddp`) or its part of them (`fsdp`).
     """
 
     steps: Count = 2000
@@ -238,6 +249,7 @@ class TrainingConfig(RunTrainingConfig):
     best_metric: str | None = None
     best_mode: Literal["min", "max"] = "min"
     compile: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
     threads: Count | None = None
 
 

@@ -105,8 +105,10 @@ class EpisodeTrainingConfig(RunTrainingConfig):
     `evaluated_steps` inner updates is measured; the weights of the best of them are the run's, and training stops after
     `patience` evaluations without a better one (null: never). A step with a loss or gradient that is not finite moves
     nothing; the training stops at it where more than `skips` of them come one after the other. How many were skipped is
-    logged. All that going on exactly needs is kept every `checkpoint_every` steps, of the last `keep_last` of them.
-    Metrics go to `trackers` too: names, or names and their options.
+    logged. All that going on exactly needs is kept every `checkpoint_every` steps, of the last `keep_last` of them. It
+    runs on a kind of `device`; where torchrun starts several processes, each has its share of the tasks, and all
+    weights and optimizer states (`distributed: ddp`) or its part of them (`fsdp`). Metrics go to `trackers` too: names,
+    or names and their options.
     """
 
     steps: Count = 10_000

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,15 +17,20 @@ from torch import Tensor, nn
 
 import metamem.episodes.modules
 import metamem.episodes.tasks  # noqa: F401  (fills the registry)
+from metamem.collectives import World
 from metamem.config import LevelConfig
 from metamem.episodes.evaluation import Evaluation, evaluate
 from metamem.episodes.learner import Learner, build_learner
+from metamem.episodes.level import Batch, Episode
 from metamem.episodes.parameters import task_losses
 from metamem.episodes.registry import EPISODES, EpisodicTask
 from metamem.episodes.schema import OPTIMIZERS, EpisodeOptimizerConfig, EpisodesConfig, load_episodes
 from metamem.hierarchy import Calendar, OuterLevels
+from metamem.hierarchy.replicas import Replicas
+from metamem.launch import first
 from metamem.memory.signals import Objectives
 from metamem.training.checkpoint import load_checkpoint
+from metamem.training.distributed import join, part_ways, replicas
 from metamem.training.divergence import check_gradients, check_losses
 from metamem.training.lock import hold
 from metamem.training.loop import interruptible, rate_share
@@ -80,8 +86,8 @@ def train_episodes(
     weight is not finite.
     """
     training = _training(config, task)
-    folder = create_run(config, root)
-    with hold(folder), writing(folder, training) as run:
+    folder = training.world.told(lambda: create_run(config, root))
+    with hold(folder) if first() else nullcontext(), writing(folder, training) as run:
         return _train(training, run, progress)
 
 
@@ -96,7 +102,7 @@ def resume_episodes(
 ) -> EpisodesTrained:
     """Goes on with a run as `metamem.training.resume` does."""
     check_run_folder(folder)
-    with hold(folder):
+    with hold(folder) if first() else nullcontext():
         training = _training(load_episodes(folder / CONFIG, list(overrides)), task)
         since = go_on(folder, training, step, say)
         clear(folder, training)
@@ -109,17 +115,20 @@ def _training(config: EpisodesConfig, task: EpisodicTask | None) -> Training[Epi
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     check_trackers(config)
+    world = join(config.training)
     seed_all(config.seed)
     task = build_episodes(config) if task is None else task
     learner = build_learner(config)
+    part_ways(config.seed, world)
+    slow = replicas(learner, config.training, world)
     generator = torch.Generator().manual_seed(config.seed)
-    return Training(config, learner, outer_levels(config, learner), task, generator)
+    return Training(config, learner, outer_levels(config, learner, slow), task, generator)
 
 
 def _train(training: Training, run: Run, progress: Callable[[EpisodesProgress], None] | None = None) -> EpisodesTrained:
     config, learner, outer, task = training.config, training.model, training.outer, training.task
-    settings, reached = config.training, training.reached
-    asked = task.evaluation(settings.evaluated_tasks)
+    settings, reached, world, slow = config.training, training.reached, training.world, outer.replicas
+    asked, stop = on(world.device, task.evaluation(settings.evaluated_tasks)), False
     own = learner.level.steps
     counts = sorted({*settings.evaluated_steps, own})
     objectives = next(filter(None, outer.objectives.values()))
@@ -127,7 +136,9 @@ def _train(training: Training, run: Run, progress: Callable[[EpisodesProgress], 
     with interruptible() as interrupted:
         while reached.step < settings.steps and (settings.patience is None or reached.waited < settings.patience):
             step = reached.step + 1
-            losses = outer.backward(_loss(learner, task, training.generator, settings.batch))
+            episode = task.sample(training.generator, settings.batch)
+            with slow.whole():
+                losses = outer.backward(_loss(learner, on(world.device, episode, world.rows(settings.batch)), world))
             share = rate_share(step, settings.steps, settings.warmup, settings.schedule)
             norms = outer.step(step, share, settings.gradient_clip)
             if not reached.skipped_over(chain(losses.values(), norms.values()), settings.skips):
@@ -138,34 +149,41 @@ def _train(training: Training, run: Run, progress: Callable[[EpisodesProgress], 
                 row = {f"loss/{name}": loss for name, loss in losses.items()}
                 row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
                 run.log("train", seconds=round(reached.seconds, 3), skipped=reached.skipped, **row)
-            if progress is not None:
+            if progress is not None and world.first:
                 progress(EpisodesProgress(step, settings.steps, losses))
             evaluated = last or (settings.evaluate_every is not None and step % settings.evaluate_every == 0)
             if evaluated:
-                now = evaluate(learner, task, asked, counts, objectives)
-                run.log("evaluation", **evaluation_row(now, learner))
+                with slow.whole():
+                    now = world.told(lambda: evaluate(learner, task, asked, counts, objectives))
+                    row = evaluation_row(now, learner)
+                run.log("evaluation", **row)
                 if reached.evaluated(now[own].loss.mean):
                     found = now
-            stop = bool(interrupted)
+            stop = world.any(bool(interrupted))
             if stop or evaluated or step % settings.checkpoint_every == 0:
                 run.save()
             if stop:
                 break
-    best = load_checkpoint(learner, config, run.folder / CHECKPOINT)
-    found = found or evaluate(learner, task, asked, counts, objectives)
+    learner = slow.trained(lambda: build_learner(config))
+    best = world.told(lambda: load_checkpoint(learner, config, run.folder / CHECKPOINT))
+    world.alike(list(learner.state_dict().values()))
+    found = found or world.told(lambda: evaluate(learner, task, asked, counts, objectives))
     seconds, skipped = reached.seconds, reached.skipped
-    return EpisodesTrained(learner, run.folder, reached.step, best, found, seconds, bool(interrupted), skipped)
+    return EpisodesTrained(learner, run.folder, reached.step, best, found, seconds, stop, skipped)
 
 
-def _loss(
-    learner: Learner, task: EpisodicTask, generator: torch.Generator, batch: int
-) -> Callable[[Objectives], Tensor]:
-    episode = task.sample(generator, batch)
+def on(device: torch.device, episode: Episode, rows: slice = slice(None)) -> Episode:
+    """Some of the tasks of an episode, on a device."""
+    return Episode(*(Batch(*(tensor[rows].to(device) for tensor in batch)) for batch in episode))
+
+
+def _loss(learner: Learner, episode: Episode, world: World) -> Callable[[Objectives], Tensor]:
+    """This process's share of the mean over all tasks."""
     predictions = learner(episode)
-    return lambda objectives: task_losses(objectives, predictions, episode.query.targets).mean()
+    return lambda objectives: task_losses(objectives, predictions, episode.query.targets).mean() / world.size
 
 
-def outer_levels(config: EpisodesConfig, learner: Learner) -> OuterLevels:
+def outer_levels(config: EpisodesConfig, learner: Learner, slow: Replicas | None = None) -> OuterLevels:
     """The step levels of a config over a learner's slow weights.
 
     Raises ConfigError for one that steps on batch norm with running statistics, which evaluation would take from a
@@ -178,7 +196,7 @@ def outer_levels(config: EpisodesConfig, learner: Learner) -> OuterLevels:
                 "with track_running_stats=False, and it is the norm of the examples at hand"
             )
     calendar = Calendar(config.training.steps, {"step": range(1, sys.maxsize)})
-    return OuterLevels(config, learner, calendar, outer_optimizer)
+    return OuterLevels(config, learner, calendar, outer_optimizer, slow)
 
 
 def outer_optimizer(level: LevelConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

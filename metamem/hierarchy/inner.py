@@ -8,6 +8,7 @@ faster ones made of its tokens, and not through their updates. So a training and
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metamem.collectives import ALONE, World
 from metamem.config import AdaptConfig, Config, OptimizerConfig, UserError, resolve_objectives
 from metamem.globs import match_names
 from metamem.hierarchy.objectives import loss_per_token
@@ -100,8 +102,9 @@ def learned_rates(config: Config, network: nn.Module) -> nn.Module | None:
     return module if any(True for _ in module.parameters()) else None
 
 
-def inner_loop(config: Config, network: nn.Module) -> InnerLoop:
-    """The loop of a config's meta-training: the inner levels that it unrolls, where it is cut, what it recomputes."""
+def inner_loop(config: Config, network: nn.Module, world: World = ALONE) -> InnerLoop:
+    """The loop of a config's meta-training: the inner levels that it unrolls, where it is cut, what it recomputes, in
+    which precision it computes; and the processes that have the rows of a batch between them."""
     settings = config.training
     levels = [level for level in inner_levels(config, network) if level.unroll != 0]
     if settings.compile and levels:
@@ -112,7 +115,8 @@ def inner_loop(config: Config, network: nn.Module) -> InnerLoop:
     if misplaced := _misplaced(settings.unroll, levels):
         raise (settings.where / "unroll").error(misplaced)
     run: Any = torch.compile(network, fullgraph=True) if settings.compile else network
-    return InnerLoop(run, levels, settings.unroll, settings.recompute)
+    low = torch.bfloat16 if settings.precision == "bfloat16" else None
+    return InnerLoop(run, levels, settings.unroll, settings.recompute, low, world)
 
 
 def _misplaced(unroll: int | None, levels: Sequence[InnerLevel]) -> str | None:
@@ -136,12 +140,22 @@ class InnerLoop:
     - `unroll`     tokens after which the outer gradient is cut: all that goes on from there (fast copies, momenta, the
                    memories' state) does as numbers
     - `recompute`  the graph is not kept: it is made anew in the backward pass, piece by piece
+    - `low`        the type in which autocast has the network's products computed (mixed precision): weights, fast ones
+                   too, the memories' states and all losses keep their own
+    - `world`      the processes that have the rows between them: an inner gradient is the mean over those of all
     """
 
     def __init__(
-        self, network: nn.Module, levels: Sequence[InnerLevel], unroll: int | None = None, recompute: bool = False
+        self,
+        network: nn.Module,
+        levels: Sequence[InnerLevel],
+        unroll: int | None = None,
+        recompute: bool = False,
+        low: torch.dtype | None = None,
+        world: World = ALONE,
     ) -> None:
         self.network, self.levels, self.unroll, self.recompute = network, tuple(levels), unroll, recompute
+        self.low, self.world = low, world
         self.transforms = {level.name: _direction(level.optimizer) for level in levels}
         periods = sorted({level.period for level in levels})
         if any(slow % periods[0] for slow in periods):
@@ -198,7 +212,7 @@ class InnerLoop:
                 fast |= {name: value.detach() for name, value in fixed.items()}
             # Only the plain attention kernel can be differentiated twice.
             with sdpa_kernel(SDPBackend.MATH) if self.levels and keep else nullcontext():
-                out = functional_call(self.network, fast, arguments) if fast else self.network(*arguments)
+                out = self._called(fast, arguments)
             gradients: Gradients = {}
             for index, level in enumerate(learning):
                 total, wanted = loss_per_token(level.objectives, out.y, targets).sum(), [fast[n] for n in level.members]
@@ -209,6 +223,20 @@ class InnerLoop:
         if not keep:
             out = Out(out.y.detach(), tree_map(Tensor.detach, out.state), tree_map(Tensor.detach, out.aux))
         return out, gradients
+
+    def alone(self) -> InnerLoop:
+        """The same loop over rows that no other process has a part in."""
+        loop = copy.copy(self)
+        loop.world = ALONE
+        return loop
+
+    def _called(self, fast: Parameters, arguments: tuple[Tensor, State | None]) -> Out:
+        """The network with these weights; its predictions in the type of the weights, which losses are computed in."""
+        if self.low is None:
+            return functional_call(self.network, fast, arguments) if fast else self.network(*arguments)
+        with torch.autocast(arguments[0].device.type, self.low):
+            out = functional_call(self.network, fast, arguments) if fast else self.network(*arguments)
+        return out._replace(y=out.y.to(next(self.network.parameters()).dtype))
 
     def run(self, inputs: Num[Tensor, "batch time *dim"], targets: Num[Tensor, "batch time *features"]) -> Out:
         """The network over fresh sequences, the inner updates on the way, with the graph through them for an outer
@@ -242,8 +270,9 @@ class InnerLoop:
                 found, before = gradients[level.name], gathered.get(level.name)
                 gathered[level.name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
                 if end % level.period == 0:
-                    count = asked(targets[:, end - level.period : end]).sum().clamp(min=1)
-                    mean = [gradient / count for gradient in gathered.pop(level.name)]
+                    count = asked(targets[:, end - level.period : end]).sum()
+                    count, *totals = self.world.sums([count, *gathered.pop(level.name)])
+                    mean = [total / count.clamp(min=1) for total in totals]
                     levels[level.name] = self._updated(level, levels[level.name], mean)
             carried = Carried(levels, out.state)
         return _joined([out.y for out in parts]), carried, _joined_each([out.aux for out in parts])

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metamem.collectives import ALONE, World
 from metamem.config.errors import UserError
 from metamem.config.resolve import Objective, statistics
 from metamem.globs import match_names
@@ -42,21 +43,24 @@ def _of(objective: Objective, pred: Tensor, target: Tensor) -> Tensor:
         raise UserError(f"the objective {name} cannot compare predictions {shapes}: {error}") from error
 
 
-def measured_loss(measured: Mapping[str | Objective, float], aux: Mapping[str, Tensor]) -> Tensor | float:
-    """Σ weight · mean of what memories measured under the names that a glob matches, and of objectives of routers."""
+def measured_loss(
+    measured: Mapping[str | Objective, float], aux: Mapping[str, Tensor], world: World = ALONE
+) -> Tensor | float:
+    """Σ weight · mean of what memories measured under the names that a glob matches, and of objectives of routers: this
+    process's share of it, where several have the rows. An objective of routers sees those of all."""
     total: Tensor | float = 0.0
     for what, weight in measured.items():
         if isinstance(what, str):
             matching = [aux[name].mean() for name in match_names([what], aux)]
         else:
-            matching = of_routers(what, aux)
-        total = total + weight * torch.stack(matching).mean()
+            matching = of_routers(what, aux, world)
+        total = total + weight / world.size * torch.stack(matching).mean()
     return total
 
 
-def of_routers(objective: Objective, aux: Mapping[str, Tensor]) -> list[Tensor]:
-    """An objective of what routers measure, for each router that measures all it asks for."""
+def of_routers(objective: Objective, aux: Mapping[str, Tensor], world: World = ALONE) -> list[Tensor]:
+    """An objective of what routers measure in all rows, for each router that measures all it asks for."""
     asked = statistics(objective)
     prefixes = [name.removesuffix("gates") for name in aux if name.endswith("router.gates")]
-    found = [{name: aux.get(prefix + name) for name in asked} for prefix in prefixes]
-    return [objective(**values) for values in found if all(value is not None for value in values.values())]
+    measuring = [prefix for prefix in prefixes if all(prefix + name in aux for name in asked)]
+    return [objective(**{name: world.joined(aux[prefix + name]) for name in asked}) for prefix in measuring]

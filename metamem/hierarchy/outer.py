@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from metamem.config import Config, LevelConfig, RunConfig, measured_objectives, 
 from metamem.config.resolve import Objective
 from metamem.hierarchy.calendar import Calendar, calendar_of
 from metamem.hierarchy.objectives import measured_loss
+from metamem.hierarchy.replicas import Replicas
 from metamem.memory.signals import Objectives
 from metamem.state import State, StateError
 
@@ -31,7 +33,8 @@ class OuterLevels:
 
     A level gathers the gradient of its own objective over every outer step since it last fired, in a buffer of its own,
     and fires where the calendar says so. Without a calendar it is the config's, for what it says of epochs; `make`
-    makes a level's optimizer, whose groups have an `initial_lr`.
+    makes a level's optimizer, whose groups have an `initial_lr`. `replicas` are those of a model that several processes
+    train, each with its share of every loss.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class OuterLevels:
         network: nn.Module,
         calendar: Calendar | None = None,
         make: Callable[[LevelConfig, list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
+        self.replicas = Replicas(network) if replicas is None else replicas
         parameters = dict(network.named_parameters())
         owned, objectives = ownership(parameters, config.hierarchy), resolve_objectives(config)
         if calendar is None:
@@ -70,21 +75,25 @@ class OuterLevels:
         self, loss: Callable[[Objectives], Tensor], aux: Mapping[str, Tensor] = MappingProxyType({})
     ) -> dict[str, float]:
         """Adds to every level's gradient that of its own loss: `loss` of its objectives, and what it adds of the `aux`
-        that the memories measured. Gives the loss per level."""
-        values, groups = {}, []
+        that the memories measured. Gives the loss per level. Of several processes, each has its share of a loss."""
+        groups = []
         for objectives, measured, levels in self.distinct():
-            value = measured_loss(measured, aux) + (loss(objectives) if objectives else 0.0)
+            value = measured_loss(measured, aux, self.replicas.world) + (loss(objectives) if objectives else 0.0)
             groups.append((torch.as_tensor(value), levels))
+        places, found = [], []
         for index, (value, levels) in enumerate(groups):
-            owners = [(self.gathered[level.name], self.parameters[level.name]) for level in levels]
-            mine = [(own, i, p) for own, parameters in owners for i, p in enumerate(parameters) if p.requires_grad]
-            more = index + 1 < len(groups)
-            gradients = torch.autograd.grad(value, [p for *_, p in mine], retain_graph=more, allow_unused=True)
-            for (own, i, _), gradient in zip(mine, gradients, strict=True):
-                if gradient is not None:
-                    own.sums[i] = gradient if (before := own.sums[i]) is None else before + gradient
-            values.update({level.name: float(value.detach()) for level in levels})
-        return values
+            own = [(level.name, i) for level in levels for i in range(len(self.parameters[level.name]))]
+            own = [(name, i) for name, i in own if self.parameters[name][i].requires_grad]
+            live = self.replicas.live([self.parameters[name][i] for name, i in own])
+            found += torch.autograd.grad(value, live, retain_graph=index + 1 < len(groups), allow_unused=True)
+            places += own
+        owners = [self.parameters[name][i] for name, i in places]
+        gradients, losses = self.replicas.reduced(found, owners, [value.detach() for value, _ in groups])
+        for (name, i), gradient in zip(places, gradients, strict=True):
+            sums = self.gathered[name].sums
+            if gradient is not None:
+                sums[i] = gradient if (before := sums[i]) is None else before + gradient
+        return {level.name: float(value) for value, (_, levels) in zip(losses, groups, strict=True) for level in levels}
 
     def step(self, step: int, scale: float, clip: float | None) -> dict[str, float]:
         """After outer step `step` (from 1): every level that fires takes its optimizer's step on the mean gradient of
@@ -103,14 +112,16 @@ class OuterLevels:
         """What goes from step to step, by the names of parameters: what each optimizer keeps of them, and the gradient
         that each level has gathered since it last fired."""
         levels: State = {}
+
+        def whole(value: Any) -> Tensor:
+            return self.replicas.full(torch.as_tensor(value))
+
         for level, names in self.owned.items():
             kept, own = self.optimizers[level].state, self.gathered[level]
             of = list(zip(names, self.parameters[level], strict=True))
             levels[level] = {
-                "optimizer": {
-                    name: {key: torch.as_tensor(value) for key, value in kept.get(p, {}).items()} for name, p in of
-                },
-                "sums": {name: total for name, total in zip(names, own.sums, strict=True) if total is not None},
+                "optimizer": {name: {key: whole(value) for key, value in kept.get(p, {}).items()} for name, p in of},
+                "sums": {name: whole(total) for name, total in zip(names, own.sums, strict=True) if total is not None},
                 "steps": torch.tensor(own.steps),
             }
         return levels
@@ -129,11 +140,11 @@ class OuterLevels:
                 # torch's own load_state_dict does not promise.
                 there = any(settings[parameter].get(key) for key in ("capturable", "fused"))
                 optimizer.state[parameter] = {
-                    key: value if key == "step" and not there else value.to(parameter.device)
+                    key: value if key == "step" and not there else self.replicas.own(value, parameter)
                     for key, value in told["optimizer"][name].items()
                 }
             gathered = [
-                sums[name].to(parameter.device) if name in sums else None
+                self.replicas.own(sums[name], parameter) if name in sums else None
                 for name, parameter in zip(names, self.parameters[level], strict=True)
             ]
             self.gathered[level] = Gathered(gathered, int(told["steps"]))
@@ -144,15 +155,16 @@ class OuterLevels:
             parameter.grad = None if total is None else total / own.steps
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        length = self.replicas.full(norm).item()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
-        if not math.isfinite(norm):  # who asked for the step reads it from the norm, and where it comes from
-            return norm.item()
+        if not math.isfinite(length):  # who asked for the step reads it from the norm, and where it comes from
+            return length
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return length
 
     def _nothing(self, level: LevelConfig) -> Gathered:
         return Gathered([None] * len(self.parameters[level.name]), 0)

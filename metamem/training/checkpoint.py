@@ -47,19 +47,19 @@ def load_checkpoint(model: nn.Module, config: RunConfig, path: Path) -> int:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; its run ended before the first one: train again")
     weights, metadata = _read(path)
-    load_weights(model, config, weights, metadata.get("fingerprint"), path)
+    check_weights_of(model, config, weights, metadata.get("fingerprint"), path)
+    model.load_state_dict(weights)
     return int(metadata["step"])
 
 
-def load_weights(model: nn.Module, config: RunConfig, weights: State, made_for: str | None, path: Path) -> None:
-    """Loads weights that were read from `path` into the model. Raises CheckpointError, the model untouched."""
+def check_weights_of(model: nn.Module, config: RunConfig, weights: State, made_for: str | None, path: Path) -> None:
+    """Raises CheckpointError where weights that were read from `path` are not those of such a model."""
     try:
         check_like(weights, dict(model.state_dict()), str(path))
     except StateError as error:
         raise CheckpointError(str(error)) from None
     if made_for != fingerprint(config):
         raise CheckpointError(f"{path}: the checkpoint was made under another config; its run folder has the right one")
-    model.load_state_dict(weights)
 
 
 @dataclass(frozen=True)

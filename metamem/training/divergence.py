@@ -38,7 +38,7 @@ def check_losses(losses: Mapping[str, float], outer: OuterLevels, hierarchy: Hie
     """Raises Diverged where a level's loss is not finite, with the weight that is not either, or is the largest."""
     for level, loss in losses.items():
         if not math.isfinite(loss):
-            where = _worst([(own, own.weight) for own in slow_weights(outer, hierarchy)])
+            where = _worst([(own, outer.replicas.full(own.weight)) for own in slow_weights(outer, hierarchy)])
             raise Diverged(f"the loss of level {level!r} is {loss}; the weights are {where}", step)
 
 
@@ -47,15 +47,15 @@ def check_gradients(norms: Mapping[str, float], outer: OuterLevels, hierarchy: H
     or is the largest."""
     for level, norm in norms.items():
         if not math.isfinite(norm):
-            mine = [own for own in slow_weights(outer, hierarchy) if own.level == level]
-            where = _worst([(own, own.weight.grad) for own in mine if own.weight.grad is not None])
+            mine = [(own, own.weight.grad) for own in slow_weights(outer, hierarchy) if own.level == level]
+            where = _worst([(own, outer.replicas.full(grad)) for own, grad in mine if grad is not None])
             raise Diverged(f"the gradient of level {level!r} is {norm}, {where}", step)
 
 
 def check_weights(outer: OuterLevels, hierarchy: HierarchyConfig, step: int) -> None:
     """Raises Diverged where a slow weight is not finite: what is saved can be gone on from."""
     for own in slow_weights(outer, hierarchy):
-        if not own.weight.isfinite().all():
+        if not outer.replicas.full(own.weight).isfinite().all():
             raise Diverged(f"a step of level {own.level!r} made weights that are not finite, of {own}", step)
 
 

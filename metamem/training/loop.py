@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,13 +18,15 @@ from torch import Tensor
 
 import metamem.tasks  # noqa: F401  (fills the registry)
 from metamem.config import Config, load_config
-from metamem.hierarchy import OuterLevels, calendar_of, inner_loop, loss_per_token
+from metamem.hierarchy import InnerLoop, OuterLevels, calendar_of, inner_loop, loss_per_token
+from metamem.launch import PeerLost, first
 from metamem.memory.base import Out
 from metamem.memory.signals import Objectives
 from metamem.network import Network, build
 from metamem.registry import TASKS
-from metamem.targets import mean_asked
+from metamem.targets import asked
 from metamem.training.checkpoint import load_checkpoint
+from metamem.training.distributed import join, part_ways, replicas
 from metamem.training.divergence import check_gradients, check_losses
 from metamem.training.lock import hold
 from metamem.training.random_states import seed_all
@@ -75,8 +77,8 @@ def train(
     """
     loop = _Loop.of(config, task)
     drawn = loop.batches()
-    folder = create_run(config, root)
-    with hold(folder), writing(folder, loop.training) as run:
+    folder = loop.training.world.told(lambda: create_run(config, root))
+    with hold(folder) if first() else nullcontext(), writing(folder, loop.training) as run:
         return loop.run(run, drawn, progress)
 
 
@@ -96,7 +98,7 @@ def resume(
     is damaged or does not fit, RunHeld where another process is writing the run, and what `train` raises.
     """
     check_run_folder(folder)
-    with hold(folder):
+    with hold(folder) if first() else nullcontext():
         loop = _Loop.of(load_config(folder / CONFIG, overrides), task)
         since = go_on(folder, loop.training, step, say)
         drawn = loop.batches()
@@ -111,7 +113,7 @@ class _Loop:
     """A training and what its steps need: nothing of it is written yet."""
 
     training: Training[Config, Network]
-    forward: Callable[[Tensor, Tensor], Out]
+    inner: InnerLoop
     evaluated_after: set[int]
     evaluate: Callable[[int], dict[str, float]] | None
 
@@ -120,14 +122,18 @@ class _Loop:
         if config.training.threads is not None:
             torch.set_num_threads(config.training.threads)
         check_trackers(config)
+        world = join(config.training)
         seed_all(config.seed)
         task = build_task(config) if task is None else task
         model = build(config)
-        outer = OuterLevels(config, model, calendar_of(config, task))
-        forward = inner_loop(config, model).run
+        part_ways(config.seed, world)
+        slow = replicas(model, config.training, world)
+        outer = OuterLevels(config, model, calendar_of(config, task), replicas=slow)
+        inner = inner_loop(config, model, world)
         training = Training(config, model, outer, task, torch.Generator().manual_seed(config.seed))
         evaluated_after = _evaluated_after(config, task)
-        return cls(training, forward, evaluated_after, _evaluation(training, forward) if evaluated_after else None)
+        evaluate = _evaluation(training, inner.alone().run) if evaluated_after else None
+        return cls(training, inner, evaluated_after, evaluate)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that are left, the first drawn at once: what the task refuses is refused before all else."""
@@ -139,40 +145,47 @@ class _Loop:
         self, run: Run, drawn: Iterator[tuple[Tensor, Tensor]], progress: Callable[[Progress], None] | None
     ) -> Trained:
         training, reached = self.training, self.training.reached
-        config, settings = training.config, training.config.training
+        config, settings, world = training.config, training.config.training, training.world
+        slow, stop = training.outer.replicas, False
         started = time.perf_counter() - reached.seconds
         with interruptible() as interrupted:
             if 0 in self.evaluated_after and reached.step == 0:
                 self._evaluate(run)
-            for step, (inputs, targets) in enumerate(drawn, start=reached.step + 1):
-                out = self.forward(inputs, targets)
-                losses = training.outer.backward(partial(_loss, out.y, targets), out.aux)
+            for step, batch in enumerate(drawn, start=reached.step + 1):
+                count, rows = asked(batch[1]).sum(), world.rows(len(batch[0]))
+                inputs, targets = (tensor[rows].to(world.device) for tensor in batch)
+                with slow.whole():
+                    out = self.inner.run(inputs, targets)
+                    losses = training.outer.backward(partial(_loss, out.y, targets, count), out.aux)
                 check_losses(losses, training.outer, config.hierarchy, step)
                 share = rate_share(step, settings.steps, settings.warmup, settings.schedule)
                 norms = training.outer.step(step, share, settings.gradient_clip)
                 check_gradients(norms, training.outer, config.hierarchy, step)
                 reached.step, reached.seconds = step, time.perf_counter() - started
-                rate = step * inputs.numel() / reached.seconds
+                rate = step * batch[0].numel() / reached.seconds
                 if step % settings.log_every == 0 or step == settings.steps:
                     row = {f"loss/{name}": loss for name, loss in losses.items()}
                     row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-                    row |= _means(out.aux)
+                    row |= world.means(_means(out.aux))
                     run.log("train", seconds=round(reached.seconds, 3), tokens_per_second=round(rate), **row)
-                if progress is not None:
+                if progress is not None and world.first:
                     progress(Progress(step, settings.steps, losses, rate))
                 best = step in self.evaluated_after and self._evaluate(run)
-                stop = bool(interrupted)  # asked once: a key pressed later stops the next step, with its checkpoint
+                # Asked once: a key pressed later stops the next step, with its checkpoint.
+                stop = world.any(bool(interrupted))
                 if stop or best or step == settings.steps or step % settings.checkpoint_every == 0:
                     run.save()
                 if stop:
                     break
-        return Trained(training.model, run.folder, reached.step, reached.seconds, bool(interrupted))
+        model = slow.trained(lambda: build(config))
+        return Trained(model, run.folder, reached.step, reached.seconds, stop)
 
     def _evaluate(self, run: Run) -> bool:
         """Evaluates the model, logs it, and says whether it is the best so far."""
         assert self.evaluate is not None
         settings, reached = self.training.config.training, self.training.reached
-        found = self.evaluate(reached.step)
+        with self.training.outer.replicas.whole():
+            found = self.training.world.told(partial(self.evaluate, reached.step))
         run.log("evaluation", **found)
         name = settings.best_metric
         if name is None or reached.step == 0:
@@ -224,10 +237,15 @@ def _evaluation(
     if not hasattr(task, "evaluate"):
         raise (settings.where / "evaluate_every").error(f"the task {config.task['name']!r} has no evaluation; set null")
 
+    device = training.world.device
+
+    def predict(inputs: Tensor, targets: Tensor) -> Tensor:
+        return forward(inputs.to(device), targets.to(device)).y.to(inputs.device)
+
     def evaluate(step: int) -> dict[str, float]:
         model.eval()
         with torch.no_grad():
-            found = task.evaluate(lambda inputs, targets: forward(inputs, targets).y, settings.length)
+            found = task.evaluate(predict, settings.length)
         model.train()
         made[step] = found
         return found | task.summarise(made) if step == settings.steps and hasattr(task, "summarise") else found
@@ -235,8 +253,9 @@ def _evaluation(
     return evaluate
 
 
-def _loss(pred: Tensor, targets: Tensor, objectives: Objectives) -> Tensor:
-    return mean_asked(loss_per_token(objectives, pred, targets), targets)
+def _loss(pred: Tensor, targets: Tensor, count: Tensor, objectives: Objectives) -> Tensor:
+    """This process's share of the mean over the `count` positions that are asked in all rows."""
+    return loss_per_token(objectives, pred, targets).sum() / count.clamp(min=1)
 
 
 def _means(aux: Mapping[str, Tensor]) -> dict[str, float]:
@@ -278,6 +297,10 @@ def interruptible() -> Iterator[list[int]]:
         return
     try:
         yield pressed
+    except PeerLost:
+        if pressed:  # the others were asked to end too, and have
+            raise SystemExit(128 + pressed[0]) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -14,11 +14,11 @@ import metamem
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def made_with() -> dict[str, str]:
-    """What decides the last bits of a training beside its config: the code, its libraries, the threads."""
+def made_with(processes: int = 1) -> dict[str, str]:
+    """What decides the last bits of a training beside its config: code, libraries, threads, processes."""
     code = f"{metamem.__version__}{commit()}"
-    threads = str(torch.get_num_threads())
-    return {"metamem": code, "torch": str(torch.__version__), "python": platform.python_version(), "threads": threads}
+    versions = {"metamem": code, "torch": str(torch.__version__), "python": platform.python_version()}
+    return versions | {"threads": str(torch.get_num_threads()), "processes": str(processes)}
 
 
 @functools.cache

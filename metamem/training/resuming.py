@@ -28,6 +28,7 @@ FREE = (
     "vars.**",
     "training.trackers.**",
     *(f"training.{key}" for key in ("checkpoint_every", "keep_last", "best_metric", "best_mode", "patience")),
+    "training.distributed",
     *(f"training.{key}" for key in ("log_every", "evaluate_every", "evaluated_tasks", "evaluated_steps")),
 )
 
@@ -45,7 +46,7 @@ def go_on(folder: Path, training: Training, step: int | None, say: Say) -> dict[
     changed = dict(_changes(_config_of(checkpoint, type(config)), config))
     _check_changes(changed, training, checkpoint)
     training.load(checkpoint)
-    then, now = checkpoint.about["made_with"], made_with()
+    then, now = checkpoint.about["made_with"], made_with(training.world.size)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             say(f"{folder}: the checkpoint was made with {name} {then.get(name)}; this is {now.get(name)}")
@@ -57,6 +58,13 @@ def go_on(folder: Path, training: Training, step: int | None, say: Say) -> dict[
 
 def clear(folder: Path, training: Training) -> None:
     """Takes out of a run's folder what came after the checkpoint that the training was brought to."""
+    training.world.any(False)  # that all processes have read theirs
+    if training.world.first:
+        _clear(folder, training)
+    training.reached.best = training.world.told(lambda: training.reached.best)
+
+
+def _clear(folder: Path, training: Training) -> None:
     reached = training.reached
     for path in (folder / FOLDER).glob("*"):
         if path.name.endswith(PARTIAL):

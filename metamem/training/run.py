@@ -7,22 +7,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from metamem.state import StateError
-from metamem.training.checkpoint import resumable, save_checkpoint, save_resumable
+from metamem.state import State, StateError
+from metamem.training.checkpoint import resumable, save_resumable, save_weights
 from metamem.training.divergence import Diverged, check_weights
-from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, WriteError
+from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, NoMetrics, WriteError
 from metamem.training.snapshot import Training
 from metamem.training.tracking import open_trackers
 
 
 class Run:
-    """A training's folder, which this process holds."""
+    """A training's folder, which this process holds; of several processes the first does, and writes."""
 
     def __init__(self, folder: Path, training: Training) -> None:
         self.folder, self.training = folder, training
         self.saved = max(resumable(folder), default=0)
-        self.metrics = Metrics(folder / METRICS)
-        self.trackers = open_trackers(training.config, folder, training.reached.step)
+        self.metrics = Metrics(folder / METRICS) if training.world.first else NoMetrics()
+        self.trackers = open_trackers(training.config, folder, training.reached.step) if training.world.first else []
 
     def log(self, kind: str, **row: Any) -> None:
         """A row of metrics at the step that the training has reached; its numbers go to the trackers too."""
@@ -41,10 +41,16 @@ class Run:
         training, reached = self.training, self.training.reached
         check_weights(training.outer, training.config.hierarchy, reached.step)
         self.metrics.sync()
-        save_resumable(training.state(), training.about(), reached.step, self.folder)
+        state = training.state()
+        if training.world.first:
+            self._write(state)
         self.saved = reached.step
+
+    def _write(self, state: State) -> None:
+        training, reached = self.training, self.training.reached
+        save_resumable(state, training.about(), reached.step, self.folder)
         if reached.best in (0, reached.step):
-            save_checkpoint(training.model, training.config, reached.step, self.folder / CHECKPOINT)
+            save_weights(state["model"], training.config, reached.step, self.folder / CHECKPOINT)
         there = resumable(self.folder)
         for step in sorted(there)[: -training.config.training.keep_last]:
             if step != reached.best:

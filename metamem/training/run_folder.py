@@ -98,6 +98,22 @@ class Metrics:
         self._file.close()
 
 
+class NoMetrics(Metrics):
+    """Those of a process that writes none."""
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, **row: Any) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> None:
+        """Has nothing to write."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
 def cut_metrics(path: Path, step: int) -> None:
     """Drops the rows that came after a step, which a run that goes on from there makes again, and one that a kill cut
     off."""

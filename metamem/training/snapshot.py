@@ -11,10 +11,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from metamem.collectives import World
 from metamem.config import RunConfig, to_dict
 from metamem.hierarchy import OuterLevels
 from metamem.state import State, StateError
-from metamem.training.checkpoint import CheckpointError, Resumable, fingerprint, load_weights
+from metamem.training.checkpoint import CheckpointError, Resumable, check_weights_of, fingerprint
+from metamem.training.distributed import part_ways
 from metamem.training.provenance import made_with
 from metamem.training.random_states import random_states, set_random_states
 
@@ -65,10 +67,15 @@ class Training(Generic[C, M]):
     generator: torch.Generator
     reached: Reached = field(default_factory=Reached)
 
+    @property
+    def world(self) -> World:
+        """The processes that train the model."""
+        return self.outer.replicas.world
+
     def state(self) -> State:
-        """All tensors that going on exactly needs."""
+        """All tensors that going on exactly needs; every process calls it, and random states are this one's."""
         return {
-            "model": dict(self.model.state_dict()),
+            "model": self.outer.replicas.weights(),
             "outer": self.outer.state(),
             "batches": self.generator.get_state(),
             "random": random_states(),
@@ -80,7 +87,7 @@ class Training(Generic[C, M]):
         return {
             "fingerprint": fingerprint(self.config),
             "config": to_dict(self.config),
-            "made_with": made_with(),
+            "made_with": made_with(self.world.size),
             "reached": dataclasses.asdict(self.reached),
             "task": self.task.state_dict() if hasattr(self.task, "state_dict") else None,
         }
@@ -89,7 +96,8 @@ class Training(Generic[C, M]):
         """Goes on from a checkpoint. Raises CheckpointError for one of another model or of other levels."""
         state, about = checkpoint.state, checkpoint.about
         try:
-            load_weights(self.model, self.config, state["model"], about["fingerprint"], checkpoint.path)
+            check_weights_of(self.model, self.config, state["model"], about["fingerprint"], checkpoint.path)
+            self.outer.replicas.load(state["model"])
             self.outer.load_state(state["outer"])
             if about["task"] is not None:
                 self.task.load_state_dict(about["task"])
@@ -100,5 +108,6 @@ class Training(Generic[C, M]):
                     setattr(self.reached, name, value)
             self.generator.set_state(state["batches"])
             set_random_states(state["random"])  # last: nothing draws any more before the next step does
+            part_ways(self.config.seed, self.world, self.reached.step)
         except StateError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from None

@@ -1,0 +1,5 @@
+"""`python -m metamem`, and so `torchrun -m metamem`: the command line."""
+
+from metamem.cli import app
+
+app()
