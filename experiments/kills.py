@@ -111,7 +111,9 @@ def _killed_runs(count: int, folder: Path, seed: int, work: Callable[[Path, Path
     for number in range(count):
         root = folder / f"run-{number}"
         _kill(random, seconds, work, config, root)
-        work(config, root)
+        process = _process(work, config, root)  # with no other's random draws between its own
+        process.join()
+        assert process.exitcode == 0
         (run,), (whole,) = root.iterdir(), (folder / "whole").iterdir()
         survived += same_run(run, whole)
     return count, survived

@@ -76,7 +76,7 @@ def run_cells(name: str, cells: Mapping[str, Sequence[Cell]], processes: int) ->
     """The results of each row's cells, those that are missing trained; kept in runs/<name>_cells. Seed by seed, so that
     a study that is stopped has every row."""
     order = sorted((cell for row in cells.values() for cell in row), key=lambda cell: cell.seed)
-    plan = Plan(name, "", "", None, tuple(order))
+    plan = Plan(name, "", "", None, tuple(order), sorted({cell.seed for cell in order}))
 
     def told(progress: object) -> None:
         last = getattr(progress, "last", None)

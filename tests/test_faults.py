@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import random
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from small_models import tiny
+from test_resume import Windows as EveryGenerator
 from test_training import SHORT, Windows
 
 from experiments import faults, kills
@@ -83,6 +86,16 @@ def test_a_tracker_takes_the_numbers_of_the_rows(listed, tmp_path):
     assert listed == [("open", 0, "blue"), *expected, "close"]
     resume(folder, ["training.steps=3"], task=Windows())
     assert ("open", 2, "blue") in listed and listed[-1] == "close" and listed[-2][0] == 3
+
+
+def test_a_tracker_that_draws_random_numbers_changes_none_of_the_training(listed, monkeypatch, tmp_path):
+    monkeypatch.setattr(Listed, "log", lambda self, step, numbers: torch.rand(()) + random.random() + np.random.rand())
+    options = ("training.checkpoint_every=2", "training.steps=4")
+    runs = [
+        train(tiny("", *SHORT, *options, f"training.trackers={trackers}"), tmp_path, task=EveryGenerator()).folder
+        for trackers in ("[]", "[listed]")
+    ]
+    assert kills.same_run(*runs)
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ def spectra(model: Network, inputs: Tensor) -> dict[str, dict[str, Any]]:
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
     """The mean of what rows have under a key; None where one has no number there."""
-    values = [row.get(key) for row in rows]
-    return None if None in values else sum(values) / len(values)
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return sum(values) / len(values) if len(values) == len(rows) else None
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:

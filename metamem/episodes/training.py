@@ -34,7 +34,7 @@ from metamem.training.distributed import join, part_ways, replicas
 from metamem.training.divergence import check_gradients, check_losses
 from metamem.training.lock import hold
 from metamem.training.loop import interruptible, rate_share
-from metamem.training.random_states import seed_all
+from metamem.training.random_states import seed_all, undisturbed
 from metamem.training.resuming import Say, clear, go_on
 from metamem.training.run import Run, writing
 from metamem.training.run_folder import CHECKPOINT, CONFIG, check_run_folder, create_run
@@ -105,7 +105,8 @@ def resume_episodes(
     with hold(folder) if first() else nullcontext():
         training = _training(load_episodes(folder / CONFIG, list(overrides)), task)
         since = go_on(folder, training, step, say)
-        clear(folder, training)
+        with undisturbed():
+            clear(folder, training)
         with writing(folder, training) as run:
             run.log("resume", **since)
             return _train(training, run, progress)

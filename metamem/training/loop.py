@@ -29,7 +29,7 @@ from metamem.training.checkpoint import load_checkpoint
 from metamem.training.distributed import join, part_ways, replicas
 from metamem.training.divergence import check_gradients, check_losses
 from metamem.training.lock import hold
-from metamem.training.random_states import seed_all
+from metamem.training.random_states import seed_all, undisturbed
 from metamem.training.resuming import Say, clear, go_on
 from metamem.training.run import Run, writing
 from metamem.training.run_folder import CHECKPOINT, CONFIG, check_run_folder, create_run, run_config
@@ -102,7 +102,8 @@ def resume(
         loop = _Loop.of(load_config(folder / CONFIG, overrides), task)
         since = go_on(folder, loop.training, step, say)
         drawn = loop.batches()
-        clear(folder, loop.training)
+        with undisturbed():
+            clear(folder, loop.training)
         with writing(folder, loop.training) as run:
             run.log("resume", **since)
             return loop.run(run, drawn, progress)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,3 +47,14 @@ def set_random_states(states: State) -> None:
     *keys, position, has_gauss = states["numpy"].tolist()
     cached = float(states["numpy_gauss"])
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is done in it, whatever it draws, leaves the random states as they were: a run that does it, and one that
+    does not, have the same numbers after it."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)

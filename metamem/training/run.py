@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from metamem.state import State, StateError
 from metamem.training.checkpoint import resumable, save_resumable, save_weights
 from metamem.training.divergence import Diverged, check_weights
+from metamem.training.random_states import undisturbed
 from metamem.training.run_folder import CHECKPOINT, METRICS, Metrics, NoMetrics, WriteError
 from metamem.training.snapshot import Training
 from metamem.training.tracking import open_trackers
@@ -22,7 +23,10 @@ class Run:
         self.folder, self.training = folder, training
         self.saved = max(resumable(folder), default=0)
         self.metrics = Metrics(folder / METRICS) if training.world.first else NoMetrics()
-        self.trackers = open_trackers(training.config, folder, training.reached.step) if training.world.first else []
+        self.trackers = []
+        if training.world.first:
+            with undisturbed():
+                self.trackers = open_trackers(training.config, folder, training.reached.step)
 
     def log(self, kind: str, **row: Any) -> None:
         """A row of metrics at the step that the training has reached; its numbers go to the trackers too."""
@@ -30,9 +34,11 @@ class Run:
         self.metrics.log(kind=kind, step=step, **row)
         prefix = "" if kind == "train" else f"{kind}/"
         numbers = {prefix + name: value for name, value in row.items() if isinstance(value, int | float)}
-        for tracker in self.trackers if numbers else ():
-            tracker.log(step, numbers)
+        with undisturbed() if self.trackers else nullcontext():
+            for tracker in self.trackers if numbers else ():
+                tracker.log(step, numbers)
 
+    @undisturbed()
     def save(self) -> None:
         """A checkpoint of the step that the training has reached; then those that need not be kept any more go.
 
