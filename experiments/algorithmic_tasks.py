@@ -21,6 +21,7 @@ from metamem.analysis import Claim, Study, open_study
 from metamem.analysis.plan import Cell
 from metamem.analysis.results import Result
 
+RATE = "hierarchy.levels.task.optimizer.lr=3.0e-3"
 MSE = "hierarchy.levels.task.objective={losses.recall.mse: 1.0}"
 
 
@@ -39,17 +40,17 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("sort", "recurrent", 20_000, ("length-8", "length-12", "length-16")),
-        Task("argmax", "recurrent", 20_000, ("length-8", "length-12", "length-16")),
-        Task("adding", "numbers", 8_000, ("length-50", "length-100", "length-200"), (MSE,)),
+        Task("sort", "recurrent", 2_000, ("length-8", "length-12", "length-16")),
+        Task("argmax", "recurrent", 1_500, ("length-8", "length-12", "length-16")),
+        Task("adding", "numbers", 1_500, ("length-50", "length-100", "length-200"), (MSE,)),
         Task(
             "associative_recall",
             "recurrent",
-            15_000,
+            2_000,
             ("pairs-8",),
             ("task.pairs=[2, 4, 8]", "vars.vocabulary=32", "training.length=32"),
         ),
-        Task("graph", "recurrent", 15_000, ("nodes-7", "nodes-10", "metro-6", "metro-8")),
+        Task("graph", "recurrent", 2_000, ("nodes-7", "nodes-10", "metro-6", "metro-8")),
     )
 }
 
@@ -57,6 +58,7 @@ TASKS = {
 def cell(task: Task, row: Row, seed: int, evaluations: int, smoke: bool) -> Cell:
     """A row's training on a task."""
     overrides = [
+        RATE,
         *task.overrides,
         f"training.steps={task.steps}",
         f"training.evaluate_every={max(1, task.steps // evaluations)}",
@@ -117,7 +119,7 @@ def claims(found: dict[str, dict[str, list[Result]]]) -> list[Claim]:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The study's own options."""
-    parser.add_argument("--evaluations", type=int, default=20, help="along a training")
+    parser.add_argument("--evaluations", type=int, default=10, help="along a training")
     parser.add_argument("--processes", type=int, default=2, help="cells trained at once, a thread each")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="which rows")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="which tasks")
