@@ -235,6 +235,12 @@ def campaign(count: int, seed: int, part: int = 0, parts: int = 1) -> list[Found
     return found
 
 
+def damaged(count: int, folder: Path, seed: int) -> tuple[int, int]:
+    """A fault of experiments/reliability.py: how many damaged configs were tried, and how many survived."""
+    found = campaign(count, seed)
+    return len(found), sum(not one.trouble for one in found)
+
+
 def summary(found: Sequence[Found]) -> str:
     """The counts of a campaign, in a line."""
     outcomes = Counter(one.outcome for one in found if not one.trouble)

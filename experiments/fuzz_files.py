@@ -11,6 +11,7 @@ own audit must see no unpickling at all.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -32,6 +33,8 @@ from experiments.file_damage import BYTES, DAMAGES, PLACES, WHOLE, put_right
 from experiments.fuzz_configs import TEXT, limited, where_raised
 from experiments.pickle_files import MARK, pickles, watched
 from metamem import Session, UserError, load_config, load_run, load_state, save_state, train
+from metamem.adaptation.opening import open_model
+from metamem.adaptation.saved import carried
 from metamem.analysis import Claim, open_study, plan_ablation, read_results, run_ablation, write_report
 from metamem.analysis.ablation import PLAN
 from metamem.analysis.results import RESULTS, Result
@@ -83,6 +86,9 @@ training: {steps: 2, batch: 2, evaluated_tasks: 2, evaluated_steps: [1], log_eve
 ABLATION = "base: tokens.yaml\nseeds: [0]\ncells: {rates: {grid: {training.batch: [1, 2]}}}\n"
 
 
+MODEL_FILES = ("lm/config.json", "lm/model.safetensors", "lm/tokenizer_config.json", "lm/pytorch_model.bin")
+
+
 @dataclass(frozen=True)
 class Reader:
     """A way in which files come in: `read`, of a folder, reads `files`, relative to it; `into`: what they would be read
@@ -103,14 +109,19 @@ def readers(folder: Path) -> list[Reader]:
     session.observe(torch.randint(256, (1, 9), generator=torch.Generator().manual_seed(0)))
 
     def numbers() -> dict[str, Any]:
-        carried = {key: value for key, value in flatten(session._carried()).items() if value is not None}
-        return {**model.state_dict(), **carried, "position": torch.tensor(session.position)}
+        held = {key: value for key, value in flatten(carried(session)).items() if value is not None}
+        return {**model.state_dict(), **held, "position": torch.tensor(session.position)}
 
     def run(name: str) -> tuple[str, ...]:
         return f"{name}/{CONFIG}", f"{name}/{CHECKPOINT}"
 
-    sweep = f"sweep/{RESULTS}"
+    sweep, hub = f"sweep/{RESULTS}", tuple(f"hub/{name}" for name in ("config.json", "model.safetensors"))
+    of_hub = [
+        Reader("network of the hub", hub, lambda at: open_model(at / "hub", None, ())),
+        Reader("model of transformers", MODEL_FILES, lambda at: open_model(at / "lm", None, ())),
+    ]
     return [
+        *(of_hub if has_hub() else ()),
         Reader("config", ("tokens.yaml",), lambda at: load_config(at / "tokens.yaml")),
         Reader("extended config", ("tokens.yaml",), lambda at: load_config(at / "more.yaml")),
         Reader("episodes' config", ("episodes.yaml",), lambda at: load_episodes(at / "episodes.yaml")),
@@ -184,6 +195,21 @@ def make(folder: Path) -> None:
     session.save(folder / "session")
     save_state({"a": torch.arange(5.0), "b": {"c": torch.ones(2, 3), "d": {}}}, folder / "state", {"kind": "small"})
     go_on(folder)
+    if has_hub():
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        from metamem.hub import HubNetwork
+
+        HubNetwork.of(model, config).save_pretrained(folder / "hub")
+        sizes = {"vocab_size": 256, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+        GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "lm")
+        (folder / "lm/tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+        (folder / "lm/pytorch_model.bin").write_bytes(b"the older format, which is never read")
+
+
+def has_hub() -> bool:
+    """Whether the extra `hf` is installed."""
+    return importlib.util.find_spec("transformers") is not None
 
 
 @dataclass(frozen=True)
@@ -212,14 +238,21 @@ def run_case(reader: Reader, folder: Path, random: Random) -> Found:
     changed = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
     if not read and (changed or left):
         trouble = trouble or f"refused, and changed {', '.join([*changed, *left])}"
-    if read and damage in WHOLE and damaged != right and path.suffix not in UNCHECKED and not made_anew(reader, path):
+    if (
+        read
+        and damage in WHOLE
+        and damaged != right
+        and path.suffix not in UNCHECKED
+        and not needs_no_checksum(reader, path)
+    ):
         trouble = "was read, though it has a checksum"
     return Found(reader.name, damage, read, trouble and f"{reader.name}, {path.name}, {damage}: {trouble}")
 
 
-def made_anew(reader: Reader, path: Path) -> bool:
-    """Whether it is the weights of a run that is gone on with, which its checkpoints have too."""
-    return reader.writes is not None and path.name == CHECKPOINT
+def needs_no_checksum(reader: Reader, path: Path) -> bool:
+    """Whether it is the weights of a run that is gone on with, which its checkpoints have too; or those that others
+    wrote, who have no checksum."""
+    return (reader.writes is not None and path.name == CHECKPOINT) or path.name == "model.safetensors"
 
 
 @contextmanager
@@ -244,7 +277,7 @@ def restored(reader: Reader, folder: Path, damaged: Path) -> Iterator[Callable[[
             path.write_bytes(content)
 
 
-UNCHECKED = (".yaml", ".jsonl", ".json", ".txt", ".hex")  # what people write and read
+UNCHECKED = (".yaml", ".jsonl", ".json", ".txt", ".hex", ".bin")  # what people write and read; or never read
 
 
 def attempt(reader: Reader, folder: Path) -> tuple[bool, str]:
@@ -276,7 +309,7 @@ def run_pickle(reader: Reader, folder: Path, file: str, payload: bytes) -> str:
         place.rmdir()
     if ran or unpickled:
         return f"{reader.name}, {file}: was run ({', '.join(unpickled) or 'the mark is there'})"
-    if read and path.suffix != ".txt" and not made_anew(reader, path):
+    if read and path.suffix not in (".txt", ".bin") and not (reader.writes and path.name == CHECKPOINT):
         return f"{reader.name}, {file}: was read"
     return trouble and f"{reader.name}, {file}: {trouble}"
 
@@ -315,6 +348,19 @@ def pickle_campaign() -> tuple[int, list[str]]:
             for payload in pickles().values()
         ]
     return len(tried), [trouble for trouble in tried if trouble]
+
+
+def damaged(count: int, folder: Path, seed: int) -> tuple[int, int]:
+    """A fault of experiments/reliability.py: how many damaged files were tried, and how many survived."""
+    found = campaign(count, seed)
+    return len(found), sum(not one.trouble for one in found)
+
+
+def pickled(count: int, folder: Path, seed: int) -> tuple[int, int]:
+    """The same of pickles in the places of files: all of them, whatever the count."""
+    tried, run = pickle_campaign()
+    print(*run, sep="\n", end="\n" if run else "")
+    return tried, tried - len(run)
 
 
 def summary(found: Sequence[Found]) -> str:

@@ -45,10 +45,14 @@ FAULTS = (
     Fault("kill -9 in a meta-training over tasks", "kills:episodes", 20, 1),
     Fault("kill -9 in a session", "kills:adapting", 20, 1),
     Fault("kill -9 in a sweep", "kills:sweeping", 5, 1),
+    Fault("kill -9 of workers of a Ray cluster", "cluster_kills:workers", 10, 1),
     Fault("a full disk", "faults:full_disk", 20, 2),
     Fault("a damaged checkpoint", "faults:damaged_checkpoints", 300, 20),
     Fault("a rate that diverges", "faults:diverging", 20, 2),
     Fault("damaged data", "faults:damaged_data", 20, 5),
+    Fault("a damaged config", "fuzz_configs:damaged", 2000, 20),
+    Fault("a damaged file", "fuzz_files:damaged", 1000, 20),
+    Fault("a pickle in the place of a file", "fuzz_files:pickled", 1, 1),
 )
 
 

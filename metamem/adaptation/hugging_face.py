@@ -27,6 +27,7 @@ from metamem.config.check import check_hierarchy
 from metamem.config.overrides import Override
 from metamem.low_rank import add_low_rank
 from metamem.memory.base import Out
+from metamem.out_of_memory import is_out_of_memory
 from metamem.state import State, Stateful
 
 PREFIX = "lm"  # where the model is in what a session reads with
@@ -116,8 +117,11 @@ def load_causal_lm(folder: Path, config: AdaptConfig) -> tuple[CausalLM, AdaptCo
     is fetched. Raises UserError where there is none, or transformers is not installed."""
     transformers = _transformers()
     try:
-        lm = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # Weights in the older format are pickles.
+        lm = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    except Exception as error:  # whatever transformers makes of a damaged folder
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{folder}: no causal language model that transformers can load: {error}") from None
     return causal_lm(lm, config)
 
@@ -157,7 +161,10 @@ def _described(folder: Path) -> dict[str, Any]:
 def load_tokenizer(folder: Path, vocabulary: int) -> Any | None:
     """The tokenizer of a folder; None where it has none, and tokens are bytes. UserError where those are too many."""
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return _transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        try:
+            return _transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # whatever transformers makes of a damaged folder
+            raise UserError(f"{folder}: no tokenizer that transformers can load: {error}") from None
     if vocabulary < LEAST_VOCABULARY:
         raise UserError(f"{folder}: it has no tokenizer, and a vocabulary of {vocabulary} has no token for every byte")
     return None

@@ -43,7 +43,12 @@ def _network(folder: Path, overrides: Sequence[str]) -> tuple[Network, Config]:
 
         if overrides:
             raise UserError(f"{overrides[0]}: {folder} holds its config as it is; override the keys of a run's folder")
-        found = HubNetwork.from_pretrained(str(folder))
+        try:
+            found = HubNetwork.from_pretrained(str(folder))
+        except UserError:
+            raise
+        except Exception as error:  # whatever huggingface_hub makes of a damaged folder
+            raise UserError(f"{folder}: no network that can be loaded: {error}") from None
         return found.network, found.config
     network, config = load_run(folder)
     return network, load_config(folder / CONFIG, overrides) if overrides else config
