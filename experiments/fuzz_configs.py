@@ -253,7 +253,7 @@ def main() -> int:
         parser.add_argument("--cases", type=int, default=2000, metavar="N", help="damaged configs of a seed")
         parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="the first of the seeds")
 
-    study = open_study("fuzz_configs", __doc__.partition("\n")[0], options=options)
+    study = open_study("fuzz_configs", str(__doc__).partition("\n")[0], options=options)
     torch.set_num_threads(1)
     count, started = 200 if study.smoke else study.options.cases, time.process_time()
     found = [one for seed in study.seeds for one in campaign(count, study.options.first_seed + seed)]

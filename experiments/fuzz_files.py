@@ -201,8 +201,8 @@ def make(folder: Path) -> None:
         from metamem.hub import HubNetwork
 
         HubNetwork.of(model, config).save_pretrained(folder / "hub")
-        sizes = {"vocab_size": 256, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
-        GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "lm")
+        sizes = GPT2Config(256, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2LMHeadModel(sizes).save_pretrained(folder / "lm")
         (folder / "lm/tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
         (folder / "lm/pytorch_model.bin").write_bytes(b"the older format, which is never read")
 
@@ -373,7 +373,7 @@ def main() -> int:
     def options(parser: ArgumentParser) -> None:
         parser.add_argument("--cases", type=int, default=2000, metavar="N", help="damaged files of a seed")
 
-    study = open_study("fuzz_files", __doc__.partition("\n")[0], options=options)
+    study = open_study("fuzz_files", str(__doc__).partition("\n")[0], options=options)
     torch.set_num_threads(1)
     count = 160 if study.smoke else study.options.cases
     found = [one for seed in study.seeds for one in campaign(count, seed)]
