@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from experiments import algorithmic_tasks, copy_task, memory_rows
-from experiments.copy_task import SMALL, Lengths, claims, summary, worst_bits
+from experiments.copy_task import BATCH, SMALL, Lengths, claims, summary, worst_bits
 from experiments.memory_rows import ROWS, run_cells
 from metamem import build, build_task
 from metamem.analysis.results import Result
@@ -85,7 +85,7 @@ def measured(bits, exact=(1.0, 0.5), status="done", every=100):
 
 def test_a_cell_is_solved_where_its_worst_trained_length_first_is():
     found = summary(measured([4.0, 0.02, 0.01, 0.5]), SMALL)
-    assert (found.sequences, found.bits, found.minutes) == (16 * 300, 0.5, 2.0)
+    assert (found.sequences, found.bits, found.minutes) == (BATCH * 300, 0.5, 2.0)
     assert found.exact == {3: 1.0, 4: 0.5}
     assert worst_bits(measured([4.0, 0.02]), SMALL) == ([100, 200], [4.0, 0.02])
     assert summary(measured([4.0, 0.02]), SMALL).sequences is None
