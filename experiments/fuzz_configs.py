@@ -35,6 +35,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # a function that 
 
 from experiments.config_mutations import MUTATIONS, mutate
 from metamem import UserError, build, build_task, train
+from metamem.adaptation.hugging_face import load_adapt
 from metamem.analysis import Claim, open_study, plan_ablation
 from metamem.cli import load_checked
 from metamem.config import nodes
@@ -48,12 +49,12 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SECONDS = 20  # of CPU that a case may take
 ADDRESS_SPACE = 4 << 30  # bytes that a case may ask for
 CHEAP = 200_000  # parameters of what is run
-RUN = 0.1  # share of what is cheap that is run
+RUN = 0.25  # share of what is cheap that is run
 LINE = 2000  # characters that a line has at most
-WHOLE = ("", "algorithmic", "wiring", "episodes", "ablation")  # folders of files that are loaded by themselves
+WHOLE = ("", "algorithmic", "wiring", "episodes", "ablation", "adapt")  # folders of files that are loaded by themselves
 HOSTS = ("experiment/associative_recall.yaml", "network/memory_lm.yaml")  # what a memory is loaded with
 TEXT, TEXTS = "In the beginning was the word, and the word was with memory. ", ("one.txt", "other.txt")
-SMALL = {"dim": 16, "blocks": 1}  # variables, as far as a file has them
+SMALL = {"dim": 16}  # variables, as far as a file has them
 SMALL_TASKS: dict[str, dict[str, Any]] = {
     "english": {"path": TEXTS[0]},
     "two_clock": {"sources": list(TEXTS), "fast": 8, "slow": 32, "stream": 40},
@@ -157,6 +158,9 @@ def survive(path: Path, random: Random) -> Outcome:
     """Loads and builds what is in a file; runs some of what is small."""
     if is_ablation(path):
         plan_ablation(path)
+        return "built"
+    if path.parent.name == "adapt":
+        load_adapt(path)
         return "built"
     running = random.random() < RUN
     with tempfile.TemporaryDirectory() as runs:

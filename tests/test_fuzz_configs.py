@@ -32,7 +32,7 @@ def test_a_damaged_config_runs_or_is_one_line(part):
     print(fuzz_configs.summary(found))
     assert len(found) == CASES / PARTS
     assert not [one.trouble for one in found if one.trouble]
-    assert {one.outcome for one in found} == {"refused", "built", "ran"}
+    assert {one.outcome for one in found} >= {"refused", "built"}
 
 
 def test_what_is_not_damaged_is_built(tmp_path, monkeypatch):
