@@ -201,7 +201,9 @@ def make(folder: Path) -> None:
         from metamem.hub import HubNetwork
 
         HubNetwork.of(model, config).save_pretrained(folder / "hub")
-        sizes = GPT2Config(256, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        sizes = GPT2Config(
+            vocab_size=256, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
         GPT2LMHeadModel(sizes).save_pretrained(folder / "lm")
         (folder / "lm/tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
         (folder / "lm/pytorch_model.bin").write_bytes(b"the older format, which is never read")

@@ -239,6 +239,7 @@ torch.testing.assert_close(made[1], made[0], rtol=1e-9, atol=1e-11)
 """
 
 
+@pytest.mark.slow
 def test_a_cell_compiles_whole():
     """But for torch's LSTM and GRU, which torch.compile refuses. In a process of its own, without jaxtyping."""
     environment = {**os.environ, "JAXTYPING_DISABLE": "1"}
@@ -286,6 +287,7 @@ assert not torch._dynamo.config.allow_rnn
 """
 
 
+@pytest.mark.slow
 def test_a_cell_compiles_a_few_tokens_at_a_time_in_two_graphs():
     """With torch's LSTM and GRU; one graph for five tokens, from the first on, and one for those that remain, whose
     backward can keep its graph for another."""

@@ -47,7 +47,7 @@ for key, expected in results[0].items():
 @pytest.mark.parametrize(
     ("memory", "backend", "length"),
     [
-        pytest.param("delta-two-levels", "aot_eager", 11, id="delta-two-levels-graph"),
+        pytest.param("delta-two-levels", "aot_eager", 11, id="delta-two-levels-graph", marks=pytest.mark.slow),
         pytest.param("titans-like", "inductor", 4, id="titans-like-inductor", marks=pytest.mark.slow),
         pytest.param("context-titans", "aot_eager", 11, id="context-titans-graph", marks=pytest.mark.slow),
         pytest.param("routed-blocks", "aot_eager", 11, id="routed-blocks-graph", marks=pytest.mark.slow),
@@ -106,6 +106,7 @@ for kind, options in ((DNC, DenseOptions), (NTM, NTMOptions)):
 """
 
 
+@pytest.mark.slow
 def test_compiled_token_by_token_slots_give_the_same_numbers_in_a_few_graphs():
     """`compile_step`: a graph for the first token, whose state needs no gradient, and one for all after it."""
     run_compiled(TOKEN_BY_TOKEN)
@@ -141,6 +142,7 @@ for name in ("titans-like", "ttt-mlp", "lact", "atlas"):
 """
 
 
+@pytest.mark.slow
 def test_compiled_chunk_by_chunk_it_gives_the_same_numbers_in_a_few_graphs():
     """A graph for whole chunks and one for what is left over; not one a chunk."""
     run_compiled(CHUNK_BY_CHUNK)

@@ -66,6 +66,7 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path):
     assert read_cells(tmp_path / "none.jsonl") == []
 
 
+@pytest.mark.slow
 def test_the_study_runs_and_a_second_run_takes_over_its_cells(tmp_path):
     first = study(tmp_path, "--memories", "lstm")
     assert first.returncode == 0, first.stderr[-2000:]

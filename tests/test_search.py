@@ -101,6 +101,7 @@ def test_a_metric_is_maximised_too(tmp_path):
     assert score == max(row.metrics["score"] for row in rows if row.status == "done")
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_comes_to_the_same_points(tmp_path):
     whole = run_ablation(plan(14), tmp_path / "whole", launcher=Here())
     for stopped in (1, 11, 14):

@@ -226,6 +226,7 @@ for name, transform in TRANSFORMS.items():
 """
 
 
+@pytest.mark.slow
 def test_all_compile_into_one_graph():
     environment = {**os.environ, "JAXTYPING_DISABLE": "1"}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
