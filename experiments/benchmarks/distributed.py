@@ -118,6 +118,11 @@ def run(processes: int, folder: Path, **spec: Any) -> None:
         sys.exit(f"{spec}: {done.stderr.strip()[-2000:]}")
 
 
+def cases(study: Study) -> list[str]:
+    """Those to run; one where it is small."""
+    return list(CASES)[: 1 if study.smoke else None]
+
+
 def overrides(case: str, sizes: dict[str, tuple[str, ...]], steps: int, every: int) -> list[str]:
     """The settings of a case at a size."""
     told = [line.format(steps=steps, every=every) for line in LINES]
@@ -146,7 +151,7 @@ def differences(one: Path, other: Path) -> tuple[float, float]:
 def equality(study: Study, at: Path) -> list[Claim]:
     """Losses and weights of two processes against those of one."""
     steps, lines, claims = 4 if study.smoke else 50, [], []
-    for case in CASES:
+    for case in cases(study):
         for dtype in ("float64",) if study.smoke else ("float64", "float32"):
             folders = {n: at / f"{case}-{dtype}-{n}" for n in (1, PROCESSES)}
             for n, folder in folders.items():
@@ -172,7 +177,7 @@ def throughput(study: Study, at: Path) -> list[Claim]:
     """Steps a second."""
     rounds, lines, claims = 1 if study.smoke else study.options.rounds, [], []
     sizes, steps = (SMALL, WARM_UP + 3) if study.smoke else (LARGE, WARM_UP + study.options.steps)
-    for case in CASES:
+    for case in cases(study):
         took: dict[int, list[tuple[float, float]]] = {1: [], PROCESSES: []}
         for turn in range(rounds):
             for n, seconds in took.items():
