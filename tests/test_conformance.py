@@ -54,7 +54,7 @@ for key, expected in results[0].items():
         pytest.param("routed-layers", "aot_eager", 8, id="routed-layers-graph", marks=pytest.mark.slow),
         pytest.param("mnm-g", "aot_eager", 3, id="mnm-g-graph"),
         pytest.param("mnm-p", "inductor", 3, id="mnm-p-inductor", marks=pytest.mark.slow),
-        pytest.param("dnc", "aot_eager", 3, id="dnc-graph"),
+        pytest.param("dnc", "aot_eager", 3, id="dnc-graph", marks=pytest.mark.slow),
         pytest.param("ntm", "aot_eager", 2, id="ntm-graph", marks=pytest.mark.slow),
         pytest.param("delta", "inductor", 4, id="delta-inductor", marks=pytest.mark.slow),
         pytest.param("gated-delta-momentum", "inductor", 8, id="gated-delta-inductor", marks=pytest.mark.slow),

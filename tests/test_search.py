@@ -116,6 +116,7 @@ def test_a_search_that_was_stopped_comes_to_the_same_points(tmp_path):
         assert len(first.ran) == stopped and len(again.ran) == 14 - stopped, "nothing is run twice"
 
 
+@pytest.mark.slow
 def test_points_that_run_at_once_differ_and_go_on_where_they_stopped(tmp_path):
     folder, first = tmp_path / "f", Here(width=4, most=9)
     with pytest.raises(KeyboardInterrupt):
