@@ -43,9 +43,10 @@ def full_disk(count: int, folder: Path, seed: int) -> tuple[int, int]:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         (run,) = root.iterdir()
-        told = "cannot be written" in message and f"the checkpoint of step {at - 1} stays in {run}" in message
+        stays = f"the checkpoint of step {max(resumable(run))} stays in {run}"
+        told = "cannot be written" in message and stays in message
         resume(run)
-        survived += told and same_run(run, whole)
+        survived += told and same_run(run, whole, python=False)
     return count, survived
 
 
