@@ -15,7 +15,7 @@ from experiments.small_runs import write_inputs
 from metamem.analysis import read_results
 from metamem.config import Config
 
-MARKS, SECONDS = "marks", 0.5  # that a cell takes, at least
+MARKS, CHOSEN = "marks", "chosen"  # which process a cell is in; which cells do not end before they are killed
 ABLATION = """
 base: sequences.yaml
 seeds: [{seeds}]
@@ -25,9 +25,11 @@ cells: {{x: {{}}}}
 
 
 def cell(config: Config, seed: int) -> dict[str, Any]:
-    """Says which process it is in, then takes a while."""
+    """Says which process it is in; then it is done, or waits for its end, the first time."""
+    begun = list(Path(MARKS).glob(f"{seed}-*"))
     (Path(MARKS) / f"{seed}-{os.getpid()}").touch()
-    time.sleep(SECONDS)
+    while (Path(CHOSEN) / str(seed)).exists() and not begun:
+        time.sleep(0.01)
     return {"square": seed**2}
 
 
@@ -37,7 +39,10 @@ def workers(count: int, folder: Path, seed: int) -> tuple[int, int]:
     chosen, killed = set(random.sample(range(2 * count), count)), set[int]()
     write_inputs(folder)
     (folder / "a.yaml").write_text(ABLATION.format(seeds=", ".join(map(str, range(2 * count)))))
-    (folder / MARKS).mkdir()
+    for name in (MARKS, CHOSEN):
+        (folder / name).mkdir()
+    for number in chosen:
+        (folder / CHOSEN / str(number)).touch()
     root = str(Path(__file__).resolve().parent.parent)
     settings = {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -46,7 +51,7 @@ def workers(count: int, folder: Path, seed: int) -> tuple[int, int]:
             for mark in (folder / MARKS).iterdir():
                 number, pid = map(int, mark.name.split("-"))
                 if number in chosen - killed:
-                    time.sleep(random.uniform(0, 0.5 * SECONDS))
+                    time.sleep(random.uniform(0, 0.2))
                     os.kill(pid, signal.SIGKILL)
                     killed.add(number)
             time.sleep(0.02)
