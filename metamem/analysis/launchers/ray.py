@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def _cluster(ray: Any, address: str | None, sweep: Sweep) -> Iterator[None]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"{address or 'a cluster of this machine'}: no Ray cluster: {error}") from None
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # where Ray tells of workers that died, whatever its settings
+            yield
     finally:
         ray.shutdown()
 
