@@ -56,8 +56,8 @@ SMALL = {
 }
 LARGE = {
     "language model": ("training.batch=8", "training.length=512"),
-    "mnm": ("training.batch=64",),
-    "maml": ("hierarchy.levels.adapt.steps=5", "training.batch=400", "module.widths=[1, 200, 200, 1]"),
+    "mnm": ("training.batch=512",),
+    "maml": ("hierarchy.levels.adapt.steps=5", "training.batch=100", "module.widths=[1, 200, 200, 1]"),
 }
 
 
