@@ -74,9 +74,9 @@ def _clear(folder: Path, training: Training) -> None:
             path.unlink()
     if reached.best not in (0, *resumable(folder)):  # it came after, or was not kept
         reached.best = 0
+    _restore_weights(folder, training)  # first: where they cannot be written, the run stays as it was
     cut_metrics(folder / METRICS, reached.step)
     write_config(training.config, folder)
-    _restore_weights(folder, training)
 
 
 def _restore_weights(folder: Path, training: Training) -> None:
