@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import time
 from datetime import timedelta
 
 import torch
@@ -28,6 +29,7 @@ from metamem.launch import launched
 from metamem.training.random_states import seed_all
 
 PATIENCE = timedelta(minutes=30)  # that others wait at most while the first process evaluates, or one hangs
+LETTING_GO = 0.2  # seconds; see `_leave`
 
 
 def join(settings: RunTrainingConfig) -> World:
@@ -46,8 +48,18 @@ def join(settings: RunTrainingConfig) -> World:
     if not dist.is_initialized():
         # Once in a process: a second group would meet the addresses of the first.
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=PATIENCE)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     return World(dist.get_rank(), size, device)
+
+
+def _leave() -> None:
+    """Leaves the group, and gives its threads time to let go of the last message.
+
+    Those of gloo outlive the group while a cache of DTensor holds the mesh of shards. One that still has the tensors of
+    a message when the interpreter ends, which it needs to free them, aborts the process (pytorch/pytorch#179291).
+    """
+    dist.destroy_process_group()
+    time.sleep(LETTING_GO)
 
 
 def part_ways(seed: int, world: World, step: int = 0) -> None:
