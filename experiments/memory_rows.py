@@ -82,7 +82,8 @@ def run_cells(name: str, cells: Mapping[str, Sequence[Cell]], processes: int) ->
         last = getattr(progress, "last", None)
         if last is not None:
             print(
-                f"{last.cell}, seed {last.seed}: {last.status} in {last.cost['seconds'] / 60:.1f} minutes", flush=True
+                f"{last.cell}, seed {last.seed}: {last.status} in {last.cost.get('seconds', 0.0) / 60:.1f} minutes",
+                flush=True,
             )
 
     found = run_ablation(plan, Path("runs") / f"{name}_cells", processes, told)
