@@ -84,7 +84,7 @@ class Shards(Replicas):
     """A model in parts: row by row, a contiguous share of each parameter in each process.
 
     The root alone is sharded, so that memories whose fast weights start at slow ones find them whole, as every module
-    does. A 0-d parameter has no rows: see `refuse_scalars`.
+    does. A 0-d parameter has no rows, and cannot be shared.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
