@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metamem.analysis.cost import training_cost
 from metamem.analysis.plan import Cell, resolve_function
-from metamem.analysis.results import DiskFull, Result, is_full
+from metamem.analysis.results import DiskFull, Result, is_full, result_of
 from metamem.analysis.spectrum import lags_up_to, memory_inputs, memory_spectrum
 from metamem.analysis.trace import trace_levels
 from metamem.config import Config, UserError
@@ -67,20 +67,15 @@ def run_cell(cell: Cell, function: str | None, folder: Path) -> Result:
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         **found.get("cost", {}),
     }
-    return Result(
-        cell.name,
-        cell.family,
-        cell.factors,
-        cell.overrides,
-        cell.seed,
-        cell.fingerprint,
+    return result_of(
+        cell,
         status,
-        dict(found.get("metrics", {})),
-        dict(found.get("curves", {})),
-        cost,
-        {key: value for key, value in found.items() if key not in MEASURED},
-        step,
-        message,
+        metrics=dict(found.get("metrics", {})),
+        curves=dict(found.get("curves", {})),
+        cost=cost,
+        more={key: value for key, value in found.items() if key not in MEASURED},
+        step=step,
+        message=message,
     )
 
 

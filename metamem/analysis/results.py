@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from metamem.analysis.plan import Cell
 from metamem.config import UserError
 from metamem.json_files import Check, are_numbers, is_mapping, is_text, is_whole, or_null, read_rows
 
@@ -24,6 +25,9 @@ RESULTS, RESERVE = "rows.jsonl", "reserve"
 BEGINNING = b'{"cell"'  # of a line
 RESERVED = 1 << 20  # bytes; rows of a few hundred cells
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+Status = Literal["done", "diverged", "failed"]
 
 
 class DiskFull(UserError):
@@ -47,7 +51,7 @@ class Result:
     overrides: dict[str, Any]
     seed: int
     fingerprint: str
-    status: Literal["done", "diverged", "failed"]
+    status: Status
     metrics: dict[str, float | None] = field(default_factory=dict)
     curves: dict[str, dict[str, Any]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
@@ -55,6 +59,12 @@ class Result:
     step: int | None = None
     message: str | None = None
     attempts: int = 1
+
+
+def result_of(cell: Cell, status: Status, **measured: Any) -> Result:
+    """The row of a cell, with what was measured."""
+    named = (cell.name, cell.family, cell.factors, cell.overrides, cell.seed, cell.fingerprint)
+    return Result(*named, status, **measured)
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from metamem.analysis.plan import Cell
-from metamem.analysis.results import Result
+from metamem.analysis.results import Result, result_of
 from metamem.config.ablation import ResourcesConfig
 
 Finished: TypeAlias = list[tuple[Cell, Result]]  # cells that have finished since the last time one asked
@@ -44,13 +44,8 @@ class Launcher(Protocol):
 
 def died(cell: Cell, how: str, attempt: int) -> Result:
     """The row of a cell whose process died in each of its tries."""
-    return Result(
-        cell.name,
-        cell.family,
-        cell.factors,
-        cell.overrides,
-        cell.seed,
-        cell.fingerprint,
+    return result_of(
+        cell,
         "failed",
         message=f"its process died ({how}) in {attempt} of {attempt} tries; see {log_name(cell)}",
         attempts=attempt,
