@@ -216,6 +216,7 @@ class RunTrainingConfig(Located):
     trackers: list[str] | dict[str, Any] = field(default_factory=list)
     device: Literal["cpu", "cuda"] = "cpu"
     distributed: Literal["ddp", "fsdp"] = "ddp"
+    threads: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,6 @@ class TrainingConfig(RunTrainingConfig):
     best_mode: Literal["min", "max"] = "min"
     compile: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
-    threads: Count | None = None
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,6 @@ class EpisodeTrainingConfig(RunTrainingConfig):
     evaluated_tasks: Annotated[int, "at least 2"] = 600
     evaluated_steps: list[Whole] = field(default_factory=lambda: [0, 1, 5, 10])
     patience: Count | None = None
-    threads: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,19 +26,17 @@ from metamem.episodes.registry import EPISODES, EpisodicTask
 from metamem.episodes.schema import OPTIMIZERS, EpisodeOptimizerConfig, EpisodesConfig, load_episodes
 from metamem.hierarchy import Calendar, OuterLevels
 from metamem.hierarchy.replicas import Replicas
-from metamem.launch import first
 from metamem.memory.signals import Objectives
 from metamem.training.checkpoint import load_checkpoint
-from metamem.training.distributed import join, part_ways, replicas
+from metamem.training.distributed import part_ways, replicas
 from metamem.training.divergence import check_gradients, check_losses
 from metamem.training.lock import hold
 from metamem.training.loop import interruptible, rate_share
-from metamem.training.random_states import seed_all, undisturbed
 from metamem.training.resuming import Say, clear, go_on
 from metamem.training.run import Run, writing
 from metamem.training.run_folder import CHECKPOINT, CONFIG, check_run_folder, create_run
 from metamem.training.snapshot import Training
-from metamem.training.tracking import check_trackers
+from metamem.training.start import start
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def train_episodes(
     """
     training = _training(config, task)
     folder = training.world.told(lambda: create_run(config, root))
-    with hold(folder) if first() else nullcontext(), writing(folder, training) as run:
+    with hold(folder), writing(folder, training) as run:
         return _train(training, run, progress)
 
 
@@ -102,22 +99,17 @@ def resume_episodes(
 ) -> EpisodesTrained:
     """Goes on with a run as `metamem.training.resume` does."""
     check_run_folder(folder)
-    with hold(folder) if first() else nullcontext():
+    with hold(folder):
         training = _training(load_episodes(folder / CONFIG, list(overrides)), task)
         since = go_on(folder, training, step, say)
-        with undisturbed():
-            clear(folder, training)
+        clear(folder, training)
         with writing(folder, training) as run:
             run.log("resume", **since)
             return _train(training, run, progress)
 
 
 def _training(config: EpisodesConfig, task: EpisodicTask | None) -> Training[EpisodesConfig, Learner]:
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
-    check_trackers(config)
-    world = join(config.training)
-    seed_all(config.seed)
+    world = start(config)
     task = build_episodes(config) if task is None else task
     learner = build_learner(config)
     part_ways(config.seed, world)
@@ -147,9 +139,7 @@ def _train(training: Training, run: Run, progress: Callable[[EpisodesProgress], 
                 check_gradients(norms, outer, config.hierarchy, step)
             reached.step, reached.seconds, last = step, time.perf_counter() - started, step == settings.steps
             if step % settings.log_every == 0 or last:
-                row = {f"loss/{name}": loss for name, loss in losses.items()}
-                row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-                run.log("train", seconds=round(reached.seconds, 3), skipped=reached.skipped, **row)
+                run.log_step(losses, norms, skipped=reached.skipped)
             if progress is not None and world.first:
                 progress(EpisodesProgress(step, settings.steps, losses))
             evaluated = last or (settings.evaluate_every is not None and step % settings.evaluate_every == 0)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from metamem.config import UserError
+from metamem.launch import first
 
 LOCK = "lock"
 
@@ -24,7 +25,13 @@ class RunHeld(UserError):
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process. Raises RunHeld, with the process that has it, where there is one."""
+    """Holds a folder for this process, or, where several train together, for all: the first has the lock.
+
+    Raises RunHeld, with the process that has it, where there is one.
+    """
+    if not first():
+        yield
+        return
     path = folder / LOCK
     descriptor = _locked(path)
     try:

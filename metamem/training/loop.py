@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,22 +19,21 @@ from torch import Tensor
 import metamem.tasks  # noqa: F401  (fills the registry)
 from metamem.config import Config, load_config
 from metamem.hierarchy import InnerLoop, OuterLevels, calendar_of, inner_loop, loss_per_token
-from metamem.launch import PeerLost, first
+from metamem.launch import PeerLost
 from metamem.memory.base import Out
 from metamem.memory.signals import Objectives
 from metamem.network import Network, build
 from metamem.registry import TASKS
 from metamem.targets import asked
 from metamem.training.checkpoint import load_checkpoint
-from metamem.training.distributed import join, part_ways, replicas
+from metamem.training.distributed import part_ways, replicas
 from metamem.training.divergence import check_gradients, check_losses
 from metamem.training.lock import hold
-from metamem.training.random_states import seed_all, undisturbed
 from metamem.training.resuming import Say, clear, go_on
 from metamem.training.run import Run, writing
 from metamem.training.run_folder import CHECKPOINT, CONFIG, check_run_folder, create_run, run_config
 from metamem.training.snapshot import Training
-from metamem.training.tracking import check_trackers
+from metamem.training.start import start
 
 LAST_RATE = 0.05  # of a cosine schedule, as a share of the rate
 
@@ -78,7 +77,7 @@ def train(
     loop = _Loop.of(config, task)
     drawn = loop.batches()
     folder = loop.training.world.told(lambda: create_run(config, root))
-    with hold(folder) if first() else nullcontext(), writing(folder, loop.training) as run:
+    with hold(folder), writing(folder, loop.training) as run:
         return loop.run(run, drawn, progress)
 
 
@@ -98,12 +97,11 @@ def resume(
     is damaged or does not fit, RunHeld where another process is writing the run, and what `train` raises.
     """
     check_run_folder(folder)
-    with hold(folder) if first() else nullcontext():
+    with hold(folder):
         loop = _Loop.of(load_config(folder / CONFIG, overrides), task)
         since = go_on(folder, loop.training, step, say)
         drawn = loop.batches()
-        with undisturbed():
-            clear(folder, loop.training)
+        clear(folder, loop.training)
         with writing(folder, loop.training) as run:
             run.log("resume", **since)
             return loop.run(run, drawn, progress)
@@ -120,11 +118,7 @@ class _Loop:
 
     @classmethod
     def of(cls, config: Config, task: Any = None) -> _Loop:
-        if config.training.threads is not None:
-            torch.set_num_threads(config.training.threads)
-        check_trackers(config)
-        world = join(config.training)
-        seed_all(config.seed)
+        world = start(config)
         task = build_task(config) if task is None else task
         model = build(config)
         part_ways(config.seed, world)
@@ -165,10 +159,7 @@ class _Loop:
                 reached.step, reached.seconds = step, time.perf_counter() - started
                 rate = step * batch[0].numel() / reached.seconds
                 if step % settings.log_every == 0 or step == settings.steps:
-                    row = {f"loss/{name}": loss for name, loss in losses.items()}
-                    row |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-                    row |= world.means(_means(out.aux))
-                    run.log("train", seconds=round(reached.seconds, 3), tokens_per_second=round(rate), **row)
+                    run.log_step(losses, norms, tokens_per_second=round(rate), **world.means(_means(out.aux)))
                 if progress is not None and world.first:
                     progress(Progress(step, settings.steps, losses, rate))
                 best = step in self.evaluated_after and self._evaluate(run)

@@ -17,6 +17,7 @@ from metamem.globs import matches
 from metamem.state import StateError, load_state
 from metamem.training.checkpoint import FOLDER, CheckpointError, Resumable, load_resumable, resumable, save_weights
 from metamem.training.provenance import made_with
+from metamem.training.random_states import undisturbed
 from metamem.training.run_folder import CHECKPOINT, METRICS, cut_metrics, write_config
 from metamem.training.snapshot import Training
 
@@ -56,6 +57,7 @@ def go_on(folder: Path, training: Training, step: int | None, say: Say) -> dict[
     return {"changed": changed, "made_with": now}
 
 
+@undisturbed()
 def clear(folder: Path, training: Training) -> None:
     """Takes out of a run's folder what came after the checkpoint that the training was brought to."""
     training.world.any(False)  # that all processes have read theirs

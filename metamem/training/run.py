@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,12 @@ class Run:
         with undisturbed() if self.trackers else nullcontext():
             for tracker in self.trackers if numbers else ():
                 tracker.log(step, numbers)
+
+    def log_step(self, losses: Mapping[str, float], norms: Mapping[str, float], **row: Any) -> None:
+        """The row of an outer step: the loss and the gradient's norm of each level, and more."""
+        named = {f"loss/{name}": loss for name, loss in losses.items()}
+        named |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+        self.log("train", seconds=round(self.training.reached.seconds, 3), **row, **named)
 
     @undisturbed()
     def save(self) -> None:
