@@ -313,7 +313,7 @@ def test_more_steps_that_are_not_exact_are_said_to_be_none(overrides, tmp_path):
 
 
 def test_what_changes_is_said_by_name_and_logged(stopped, monkeypatch):
-    monkeypatch.setattr("metamem.training.resuming.made_with", lambda processes: {"metamem": "9.9", "torch": "1.0"})
+    monkeypatch.setattr("metamem.training.snapshot.made_with", lambda processes: {"metamem": "9.9", "torch": "1.0"})
     rate = "hierarchy.levels.quick.optimizer.lr"
     _, said = resumed(stopped, f"{rate}=0.01", "training.log_every=2", "training.checkpoint_every=4")
     assert f"{stopped}: {rate} was 0.05, and is 0.01: it does not go on exactly" in said
@@ -321,6 +321,23 @@ def test_what_changes_is_said_by_name_and_logged(stopped, monkeypatch):
     assert f"{stopped}: the checkpoint was made with torch {torch.__version__}; this is 1.0" in said
     row = json.loads((stopped / METRICS).read_text().splitlines()[6])
     assert (row["kind"], row["step"], row["changed"][rate]) == ("resume", 6, [0.05, 0.01])
+
+
+def test_that_the_data_have_changed_is_said(tmp_path):
+    text = write_text(tmp_path / "text.txt", 2000)
+    config = tiny(
+        "",
+        "training.steps=2",
+        f"task={{name: english, path: {text}}}",
+        "network.modules.embed.size=256",
+        "network.modules.head.dim_out=256",
+    )
+    folder, said = train(config, tmp_path).folder, []
+    resume(folder, ["training.steps=3"], say=said.append)
+    assert not [line for line in said if "made with" in line]
+    text.write_bytes(text.read_bytes().replace(b"e", b"u", 1))
+    resume(folder, ["training.steps=4"], say=said.append)
+    assert "was made with data" in said[-2] and len(said) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
-"""What a checkpoint was made with: versions, and where metamem runs from a checkout, its commit."""
+"""What a checkpoint was made with: versions, the data, and where metamem runs from a checkout, its commit."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import optree
 import torch
+from torch import Tensor
 
 import metamem
 
@@ -19,6 +23,15 @@ def made_with(processes: int = 1) -> dict[str, str]:
     code = f"{metamem.__version__}{commit()}"
     versions = {"metamem": code, "torch": str(torch.__version__), "python": platform.python_version()}
     return versions | {"threads": str(torch.get_num_threads()), "processes": str(processes)}
+
+
+def data_digest(task: Any) -> str:
+    """A digest of all tensors that a task holds, such as the bytes of its texts: what it reads, not what it makes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in optree.tree_leaves(getattr(task, "__dict__", {})):
+        if isinstance(leaf, Tensor):
+            digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -16,7 +16,6 @@ from metamem.config.convert import convert
 from metamem.globs import matches
 from metamem.state import StateError, load_state
 from metamem.training.checkpoint import FOLDER, CheckpointError, Resumable, load_resumable, resumable, save_weights
-from metamem.training.provenance import made_with
 from metamem.training.random_states import undisturbed
 from metamem.training.run_folder import CHECKPOINT, METRICS, cut_metrics, write_config
 from metamem.training.snapshot import Training
@@ -47,7 +46,7 @@ def go_on(folder: Path, training: Training, step: int | None, say: Say) -> dict[
     changed = dict(_changes(_config_of(checkpoint, type(config)), config))
     _check_changes(changed, training, checkpoint)
     training.load(checkpoint)
-    then, now = checkpoint.about["made_with"], made_with(training.world.size)
+    then, now = checkpoint.about["made_with"], training.made_with()
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             say(f"{folder}: the checkpoint was made with {name} {then.get(name)}; this is {now.get(name)}")

@@ -17,7 +17,7 @@ from metamem.hierarchy import OuterLevels
 from metamem.state import State, StateError
 from metamem.training.checkpoint import CheckpointError, Resumable, check_weights_of, fingerprint
 from metamem.training.distributed import part_ways
-from metamem.training.provenance import made_with
+from metamem.training.provenance import data_digest, made_with
 from metamem.training.random_states import random_states, set_random_states
 
 C = TypeVar("C", bound=RunConfig)
@@ -66,6 +66,10 @@ class Training(Generic[C, M]):
     task: Any
     generator: torch.Generator
     reached: Reached = field(default_factory=Reached)
+    data: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", data_digest(self.task))  # as it is before it is drawn from
 
     @property
     def world(self) -> World:
@@ -87,10 +91,14 @@ class Training(Generic[C, M]):
         return {
             "fingerprint": fingerprint(self.config),
             "config": to_dict(self.config),
-            "made_with": made_with(self.world.size),
+            "made_with": self.made_with(),
             "reached": dataclasses.asdict(self.reached),
             "task": self.task.state_dict() if hasattr(self.task, "state_dict") else None,
         }
+
+    def made_with(self) -> dict[str, str]:
+        """What decides its numbers beside the config."""
+        return made_with(self.world.size) | {"data": self.data}
 
     def load(self, checkpoint: Resumable) -> None:
         """Goes on from a checkpoint. Raises CheckpointError for one of another model or of other levels."""
