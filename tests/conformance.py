@@ -38,6 +38,7 @@ from metamem.memory.slots import (
     SAM,
     SDNC,
     DenseOptions,
+    DNCOptions,
     Episodic,
     EpisodicOptions,
     KeyValue,
@@ -169,9 +170,9 @@ MEMORIES = {
     "cms": Entry(lambda: chain(4, 8), exempt=frozenset({"descent", "write_then_read"})),
     "mnm-g": Entry(lambda: mnm("backprop"), MNM_EXEMPT),
     "mnm-p": Entry(lambda: mnm("predicted_targets"), MNM_EXEMPT),
-    "dnc": Entry(lambda: DNC(DIM, DenseOptions(**SIZES, write_heads=2, pass_through=True)), SLOTS_EXEMPT),
+    "dnc": Entry(lambda: DNC(DIM, DNCOptions(**SIZES, write_heads=2, pass_through=True)), SLOTS_EXEMPT),
     "dnc-learned-start": Entry(
-        lambda: DNC(DIM, DenseOptions(**SIZES, initial="learned", normalisation="layer")), SLOTS_EXEMPT
+        lambda: DNC(DIM, DNCOptions(**SIZES, initial="learned", normalisation="layer")), SLOTS_EXEMPT
     ),
     "sam": Entry(lambda: SAM(DIM, SparseOptions(**SPARSE, write_heads=2)), SLOTS_EXEMPT),
     "sdnc": Entry(lambda: SDNC(DIM, SDNCOptions(**SPARSE, write_heads=2, links=4)), SLOTS_EXEMPT),

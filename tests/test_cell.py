@@ -226,10 +226,10 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from metamem import GatedResidual, MemoryCell
 from metamem.controllers import FeedForward
-from metamem.memory.slots import DNC, DenseOptions
+from metamem.memory.slots import DNC, DNCOptions
 
 torch.set_default_dtype(torch.float64)
-slots = GatedResidual(DNC(8, DenseOptions(slots=6, word=4, dim_out=8)))
+slots = GatedResidual(DNC(8, DNCOptions(slots=6, word=4, dim_out=8)))
 cell, x = MemoryCell(8, FeedForward(8), {"slots": slots}), torch.randn(2, 3, 8, requires_grad=True)
 made = []
 for run in (cell, torch.compile(cell, fullgraph=True, backend=aot_eager)):
@@ -254,7 +254,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from metamem import MemoryCell
 from metamem.controllers import GRU, LSTM
 from metamem.memory import cell
-from metamem.memory.slots import DNC, NTM, DenseOptions, NTMOptions
+from metamem.memory.slots import DNC, NTM, DNCOptions, NTMOptions
 
 graphs = []
 
@@ -271,7 +271,7 @@ for controller in (LSTM, GRU):
     made = []
     for compiles in (False, True):
         torch.manual_seed(0)
-        memories = {"dnc": DNC(8, DenseOptions(slots=6, word=4)), "ntm": NTM(5, NTMOptions(slots=6, word=4))}
+        memories = {"dnc": DNC(8, DNCOptions(slots=6, word=4)), "ntm": NTM(5, NTMOptions(slots=6, word=4))}
         whole = MemoryCell(8, controller(8), memories, compile_step=compiles)
         y, state, _ = whole(x)
         step = whole.step(x[:, 0], state).y

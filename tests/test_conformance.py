@@ -79,7 +79,7 @@ def run_compiled(code, *arguments):
 TOKEN_BY_TOKEN = """
 import torch
 from conformance import DIM, SIZES, gradients, tensors, tokens
-from metamem.memory.slots import DNC, NTM, DenseOptions, NTMOptions, slot_memory
+from metamem.memory.slots import DNC, NTM, DNCOptions, NTMOptions, slot_memory
 from torch._dynamo.backends.debugging import aot_eager
 
 torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def backend(graph, inputs):
 
 compiled = torch.compile(slot_memory.token, fullgraph=True, dynamic=False, backend=backend)
 slot_memory._compiled = lambda: compiled
-for kind, options in ((DNC, DenseOptions), (NTM, NTMOptions)):
+for kind, options in ((DNC, DNCOptions), (NTM, NTMOptions)):
     results, x = [], tokens(2, 9).requires_grad_()
     for compiles in (False, True):
         torch.manual_seed(0)

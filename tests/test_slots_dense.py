@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from metamem.memory.slots import DNC, NTM, DenseOptions, NTMOptions
+from metamem.memory.slots import DNC, NTM, DNCOptions, NTMOptions
 from metamem.memory.slots.interface import parts_of
 from metamem.registry import MODULES
 from metamem.state import flatten
@@ -147,7 +147,7 @@ def test_values_and_gradients_are_those_of_the_equations(kind, writes):
 
 # What a memory promises
 
-KINDS = [(DNC, DenseOptions), (NTM, NTMOptions)]
+KINDS = [(DNC, DNCOptions), (NTM, NTMOptions)]
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
@@ -232,6 +232,6 @@ def test_bad_settings_of_an_ntm_are_refused():
 
 
 def test_a_state_of_other_rows_is_refused():
-    memory = DNC(DIM, DenseOptions(**SMALL))
+    memory = DNC(DIM, DNCOptions(**SMALL))
     with pytest.raises(ValueError, match="the state has 3 rows, the input 2"):
         memory(torch.randn(2, 1, DIM), memory.init_state(3))

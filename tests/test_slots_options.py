@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metamem.memory.slots import DNC, NTM, SAM, DenseOptions, NTMOptions, SDNCOptions, SparseOptions
+from metamem.memory.slots import DNC, NTM, SAM, DenseOptions, DNCOptions, NTMOptions, SDNCOptions, SparseOptions
 from metamem.memory.slots.episodic import EpisodicOptions
 from metamem.memory.slots.options import ReadOptions
 from metamem.registry import MODULES
@@ -15,7 +15,7 @@ from metamem.registry import MODULES
 DIM, SLOTS, WORD, TIME = 5, 16, 4, 6
 SMALL = {"slots": SLOTS, "word": WORD}
 KINDS = {
-    "dnc": DenseOptions,
+    "dnc": DNCOptions,
     "ntm": NTMOptions,
     "sam": SparseOptions,
     "sdnc": SDNCOptions,
@@ -75,6 +75,10 @@ def paper(before, after):
     torch.testing.assert_close(after, 1 + before)
 
 
+def at_least_one(before, after):
+    assert before is None and (after >= 1).all()
+
+
 def wider(before, after):
     assert after.shape[-1] == before.shape[-1] + 2
 
@@ -104,6 +108,7 @@ OF_PARTS = [  # kind, an option, what of a token's parts it changes, and to what
     *((kind, {"sharpness": "oneplus"}, dict.fromkeys(names, paper)) for kind, names in STRENGTHS.items()),
     *((kind, {"sharpness": 3.0}, dict.fromkeys(names, 3.0)) for kind, names in STRENGTHS.items()),
     *((kind, {"erase": False}, {"erase": None}) for kind in ("dnc", "ntm", "key_value")),
+    ("dnc", {"sharp_links": True}, {"powers": at_least_one}),
     ("ntm", {"gamma": 2.0}, {"reads.gamma": 2.0, "writes.gamma": 2.0}),
     ("ntm", {"shifts": 2}, {"reads.shifts": wider, "writes.shifts": wider}),
 ]
@@ -206,7 +211,7 @@ def test_the_interface_is_clipped():
 
 
 def test_fewer_heads_slots_and_words_are_fewer():
-    memory = DNC(DIM, DenseOptions(slots=9, word=3, read_heads=4, write_heads=2))
+    memory = DNC(DIM, DNCOptions(slots=9, word=3, read_heads=4, write_heads=2))
     shapes = {name: tuple(value.shape[1:]) for name, value in memory.init_state(1).items()}
     assert shapes == {
         "memory": (9, 3), "usage": (9,), "links": (2, 9, 9), "precedence": (2, 9), "write_weights": (2, 9),
@@ -224,7 +229,7 @@ def test_top_k_leaves_all_but_k_slots_unread():
 
 
 @pytest.mark.parametrize("initial", ["zeros", "constant", "random", "learned"])
-@pytest.mark.parametrize(("kind", "options"), [(DNC, DenseOptions), (NTM, NTMOptions)])
+@pytest.mark.parametrize(("kind", "options"), [(DNC, DNCOptions), (NTM, NTMOptions)])
 def test_a_memory_starts_as_it_is_told(kind, options, initial):
     memory = kind(DIM, options(**SMALL, initial=initial))
     words = memory.init_state(2)["memory"]
@@ -240,7 +245,7 @@ def test_a_memory_starts_as_it_is_told(kind, options, initial):
 
 
 def test_a_trace_is_the_state_after_every_token():
-    memory = DNC(DIM, DenseOptions(**SMALL, trace=True))
+    memory = DNC(DIM, DNCOptions(**SMALL, trace=True))
     x = torch.randn(2, TIME, DIM)
     aux, state = memory(x).aux, None
     assert set(aux) == {f"trace.{name}" for name in memory.init_state(1)}

@@ -1,5 +1,6 @@
 """The parts of slot memories against plain loops written from the papers, in float64; their properties; gradients."""
 
+import itertools
 import math
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metamem.memory.slots import DNC, NTM, DenseOptions, NTMOptions
+from metamem.memory.slots import DNC, NTM, DNCOptions, NTMOptions
 from metamem.memory.slots.content import content_weights, largest, oneplus, similarity
 from metamem.memory.slots.erase_add import written_to
 from metamem.memory.slots.gates import GATES
-from metamem.memory.slots.links import directed, links_after, precedence_after
+from metamem.memory.slots.links import directed, links_after, precedence_after, resolved
 from metamem.memory.slots.location import interpolated, sharpened, shifted
 from metamem.memory.slots.read_modes import mixed
 from metamem.memory.slots.usage import PAIRWISE, allocate, allocation, usage_after
@@ -137,6 +138,20 @@ def test_links_precedence_and_where_they_lead(writes):
                 assert backward[row, head, reader].tolist() == pytest.approx(back, abs=1e-14)
 
 
+def test_sharpened_links_are_distributions_to_a_power():
+    forward, powers = torch.rand(BATCH, 3, 2, SLOTS), 1 + 3 * torch.rand(BATCH, 2)
+    found = resolved(forward, powers)
+    for row, head, reader in itertools.product(range(BATCH), range(3), range(2)):
+        weight, power = forward[row, head, reader].tolist(), float(powers[row, reader])
+        raised = [(w / max(weight)) ** power for w in weight]
+        assert found[row, head, reader].tolist() == pytest.approx([w / sum(raised) for w in raised], rel=1e-5)
+    one = torch.zeros(1, 1, 1, SLOTS, requires_grad=True)
+    power = torch.ones(1, 1, requires_grad=True)
+    nowhere = resolved(one, power)
+    gradients = torch.autograd.grad(nowhere.square().sum() + nowhere.sum(), (one, power))
+    assert not nowhere.any() and all(gradient.isfinite().all() for gradient in gradients), "no link leads nowhere"
+
+
 @pytest.mark.parametrize("writes", [1, 3])
 def test_read_modes(writes):
     modes = torch.softmax(torch.randn(BATCH, 2, 2 * writes + 1), -1)
@@ -248,7 +263,7 @@ def check_weights(trace, slack=1e-9):
 @settings(max_examples=25)
 @given(sizes=SIZES, scale=st.sampled_from([0.3, 3.0, 30.0]), seed=st.integers(0, 9))
 def test_what_a_dnc_keeps_stays_in_its_bounds(sizes, scale, seed):
-    trace = traced(lambda dim, **sizes: DNC(dim, DenseOptions(**sizes, trace=True)), sizes, scale, seed)
+    trace = traced(lambda dim, **sizes: DNC(dim, DNCOptions(**sizes, trace=True)), sizes, scale, seed)
     check_weights(trace)
     assert (trace["usage"] >= 0).all() and (trace["usage"] <= 1).all()
     links, precedence = trace["links"], trace["precedence"]
@@ -283,6 +298,7 @@ def test_gradients_of_the_parts():
         (links_after, (links, read, written)),
         (precedence_after, (read, written)),
         (directed, (links, read)),
+        (resolved, (0.1 + links[:, :, :2], 1.0 + read.sum(-1))),
         (lambda *given: mixed(given[0], *directed(given[1], given[2]), given[2]), (modes, links, read)),
         (written_to, (memory, written, torch.rand(1, 2, 3), values)),
         (
@@ -294,7 +310,7 @@ def test_gradients_of_the_parts():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: DNC(3, DenseOptions(slots=4, word=2)), lambda: NTM(3, NTMOptions(slots=4, word=2))]
+    "make", [lambda: DNC(3, DNCOptions(slots=4, word=2)), lambda: NTM(3, NTMOptions(slots=4, word=2))]
 )
 def test_gradients_of_a_sequence(make):
     """But those through write weights into usage, which the released DNC has not: at one token there are none."""

@@ -10,7 +10,7 @@ from metamem import load_config, train
 from metamem.analysis.slot_trace import traces
 from metamem.cli import app
 from metamem.config import UserError
-from metamem.memory.slots import DNC, SDNC, DenseOptions, SDNCOptions
+from metamem.memory.slots import DNC, SDNC, DNCOptions, SDNCOptions
 
 SMALL = ["vars.dim=16", "vars.blocks=1", "training.steps=1", "training.batch=2", "training.length=32", "task.pairs=[4]"]
 
@@ -38,7 +38,7 @@ def test_a_model_without_slots_is_refused(tmp_path):
 
 
 def test_traces_are_of_the_first_sequence_and_leave_the_model_as_it_was():
-    memory = DNC(4, DenseOptions(slots=6, word=3))
+    memory = DNC(4, DNCOptions(slots=6, word=3))
     x = torch.randn(2, 5, 4)
     found = traces(memory, x)
     assert list(found) == ["memory"]
@@ -57,7 +57,7 @@ def test_traces_are_of_the_first_sequence_and_leave_the_model_as_it_was():
 
 class _Silent(torch.nn.Module):
     def forward(self, x):
-        return DNC(4, DenseOptions(slots=6, word=3))(x)
+        return DNC(4, DNCOptions(slots=6, word=3))(x)
 
 
 def test_sparse_memories_trace_dense_weights():

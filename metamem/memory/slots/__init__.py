@@ -1,6 +1,6 @@
 """Slot memories: an external memory of N words that heads write and read, by content, by usage and by order."""
 
-from metamem.memory.slots.dnc import DNC
+from metamem.memory.slots.dnc import DNC, DNCOptions
 from metamem.memory.slots.episodic import Episodic, EpisodicOptions
 from metamem.memory.slots.key_value import KeyValue
 from metamem.memory.slots.ntm import NTM, NTMOptions
@@ -24,6 +24,7 @@ __all__ = [
     "WriteOptions",
     "SlotOptions",
     "DenseOptions",
+    "DNCOptions",
     "NTMOptions",
     "NearestOptions",
     "SparseOptions",

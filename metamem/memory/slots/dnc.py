@@ -6,7 +6,7 @@ A token, in this order; the parts are in `usage`, `content`, `erase_add`, `links
     w^w = g^w (g^a a(u) + (1 − g^a) c(M, k^w, β^w))                        several write heads allocate in turn
     M ← M ⊙ Π (1 − w^w ⊗ e) + Σ w^w ⊗ v
     L, p ← links and precedence, the links with the old p
-    w^r = π (backward, forward, c(M, k^r, β^r)),   r = w^r M
+    w^r = π (backward, forward, c(M, k^r, β^r)),   r = w^r M              with `sharp_links`, both sharpened before
 
 Gates by σ, erase vectors by σ, strengths by softplus, read modes by softmax; keys and written vectors as they are.
 The state starts at zero.
@@ -22,17 +22,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metamem.memory.slots import interface
-from metamem.memory.slots.content import Keys, Slots, Weights, content_weights
+from metamem.memory.slots.content import Keys, Slots, Weights, content_weights, oneplus
 from metamem.memory.slots.erase_add import written_to
 from metamem.memory.slots.gates import GATES
 from metamem.memory.slots.interface import Shapes, erase_shapes, parts_of, strength_shapes
-from metamem.memory.slots.links import Links, Precedence, directed, links_after, precedence_after
+from metamem.memory.slots.links import Links, Precedence, directed, links_after, precedence_after, resolved
 from metamem.memory.slots.options import DenseOptions
 from metamem.memory.slots.read_modes import mixed
 from metamem.memory.slots.slot_memory import DenseMemory, Reads, Vectors
 from metamem.memory.slots.usage import HeadGates, Usage, allocate, usage_after
 from metamem.registry import MODULES
 from metamem.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class DNCOptions(DenseOptions):
+    """Settings of a memory with temporal links.
+
+    - `sharp_links`   where links lead a read head is sharpened, by a learned power of each head and direction: it
+                      follows long sequences without getting lost (Csordás and Schmidhuber 2019)
+    """
+
+    sharp_links: bool = False
 
 
 class DNCState(TypedDict):
@@ -47,7 +58,7 @@ class DNCState(TypedDict):
 
 
 class DNCParts(NamedTuple):
-    """A token's interface vector; `share`: g^a, `amount`: g^w, `modes`: π."""
+    """A token's interface vector; `share`: g^a, `amount`: g^w, `modes`: π, `powers`: s forward and backward."""
 
     read_keys: Keys
     write_keys: Keys
@@ -59,13 +70,14 @@ class DNCParts(NamedTuple):
     share: HeadGates
     amount: HeadGates | None
     modes: Float[Tensor, "batch heads modes"]
+    powers: Float[Tensor, "batch heads directions"] | None
 
 
 @dataclass(frozen=True)
 class DNCRule:
     """What a token does."""
 
-    options: DenseOptions
+    options: DNCOptions
 
     @property
     def shapes(self) -> Shapes:
@@ -79,6 +91,7 @@ class DNCRule:
             "values": (writes, word),
             "gates": (reads + writes + writes * self.options.gating,),
             "modes": (reads, 1 + 2 * writes),
+            **({"powers": (reads, 2)} if self.options.sharp_links else {}),
         }
 
     def parts(self, vectors: Vectors) -> DNCParts:
@@ -97,6 +110,7 @@ class DNCRule:
             share=gates[:, reads : reads + writes],
             amount=gates[:, reads + writes :] if options.gating else None,
             modes=torch.softmax(parts["modes"], -1),
+            powers=oneplus(parts["powers"]) if options.sharp_links else None,
         )
 
     def write(self, parts: DNCParts, state: State) -> State:
@@ -122,6 +136,8 @@ class DNCRule:
         memory = state["memory"]
         content = content_weights(memory, parts.read_keys, parts.read_strengths, self.options.top_k)
         forward, backward = directed(state["links"], state["read_weights"])
+        if parts.powers is not None:
+            forward, backward = resolved(forward, parts.powers[..., 0]), resolved(backward, parts.powers[..., 1])
         weights = mixed(parts.modes, backward, forward, content)
         return torch.bmm(weights, memory), {**state, "read_weights": weights}
 
@@ -130,7 +146,7 @@ class DNCRule:
 class DNC(DenseMemory):
     """A memory with dynamic allocation and temporal links. Raises ValueError for more writes than slots."""
 
-    def __init__(self, dim: int, options: DenseOptions) -> None:
+    def __init__(self, dim: int, options: DNCOptions) -> None:
         super().__init__(dim, options, DNCRule(options))
 
     def fresh(self, batch: int, dtype: torch.dtype) -> State:

@@ -3,6 +3,8 @@
 L_ij ← (1 − w_i − w_j) L_ij + w_i p_j,   L_ii = 0              L_ij: how much slot i was written next after slot j
 p ← (1 − Σ w) p + w                                            p_j: how much slot j was the last one written
 forward = L w^r,   backward = Lᵀ w^r                           where a read head goes on, or back, from where it was
+
+A head that follows soft links is a little less sure at each; `resolved` makes up for it.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metamem.memory.slots.content import Weights
+from metamem.memory.slots.location import sharpened
 
 Links = Float[Tensor, "batch writes slots slots"]
 Precedence = Float[Tensor, "batch writes slots"]
 Directed = Float[Tensor, "batch writes heads slots"]
+
+NOTHING = 1e-6  # of a distribution over slots: no link leads anywhere
 
 
 def links_after(links: Links, precedence: Precedence, written: Weights) -> Links:
@@ -37,3 +42,12 @@ def directed(links: Links, read: Weights) -> tuple[Directed, Directed]:
     """Where each link takes each read head: forward, and backward."""
     heads = read.unsqueeze(1)
     return heads @ links.mT, heads @ links
+
+
+def resolved(weights: Directed, powers: Float[Tensor, "batch heads"]) -> Directed:
+    """Each head's distribution to its power s ≥ 1, made one again: w^s / Σ w^s; where no link leads, nothing.
+
+    Link distribution sharpness control (Csordás and Schmidhuber 2019, arXiv 1904.10278)."""
+    total, writes = weights.sum(-1, keepdim=True), weights.shape[1]
+    sharp = sharpened(weights.flatten(1, 2), powers.repeat(1, writes)).view_as(weights)
+    return sharp * (total / (total + NOTHING))
