@@ -142,6 +142,8 @@ def test_the_example_loads() -> None:
         ("lr: 3e-3", "lr: -.inf", "optimizer.lr: -inf is not a finite number"),
         ("lr: 3e-3", "lr: 1, momentum: 0.9", "optimizer.momentum: is sgd's; adamw has betas"),
         ("lr: 1e-2", "lr: 1, betas: [0.5, 0.5]", "optimizer.betas: are those of adam and adamw"),
+        ("lr: 1e-2", "lr: 1, decay_to: init", "optimizer.decay_to: is of weight_decay, which is 0"),
+        ("lr: 3e-3", "lr: 1, decay_to: init", "(task).optimizer.decay_to: is of inner levels: an outer level has no"),
         ("forget: 0.1", "forget: 1.0", "(surprise).rule.forget: must be at least 0 and below 1, not 1.0"),
         (
             "signal: backprop",

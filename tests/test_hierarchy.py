@@ -53,9 +53,10 @@ def adam(betas, decay, decoupled):
     return step
 
 
-def unrolled(model, inputs, targets, step, period, rates, objective=next_token, cut=None):
+def unrolled(model, inputs, targets, step, period, rates, objective=next_token, cut=None, decay_to="zero"):
     """The outer loss of every token, an inner level written out: pieces of `period` tokens, an update after each."""
     fast = {name: value for name, value in model.named_parameters() if name.startswith(("mlp.", "norm."))}
+    home = dict(fast) if decay_to == "init" else dict.fromkeys(fast, 0.0)
     carried, memory, losses = dict.fromkeys(fast), None, []
     for piece, start in enumerate(range(0, inputs.shape[1], period), start=1):
         here = slice(start, start + period)
@@ -66,7 +67,8 @@ def unrolled(model, inputs, targets, step, period, rates, objective=next_token, 
             of_piece = objective(out.y, targets[:, here]).mean()
             gradients = torch.autograd.grad(of_piece, list(fast.values()), create_graph=True)
             for (name, weight), gradient, rate in zip(list(fast.items()), gradients, rates, strict=True):
-                fast[name], carried[name] = step(rate, weight, gradient, carried[name])
+                away, carried[name] = step(rate, weight - home[name], gradient, carried[name])
+                fast[name] = home[name] + away
             if cut and piece % cut == 0:
                 fast = {name: weight.detach().requires_grad_() for name, weight in fast.items()}
                 carried = {name: detached(value) for name, value in carried.items()}
@@ -116,6 +118,20 @@ def test_the_inner_loop_is_its_unroll_in_loss_and_outer_gradient(optimizer, lear
     mine = gradients(model, losses)
     close(mine, gradients(model, expected))
     assert all(gradient.abs().max() > 0 for gradient in mine.values()), "every slow weight and rate has a gradient"
+
+
+@pytest.mark.parametrize("cut", [None, 1])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if "weight_decay: 0.1" in name])
+def test_a_decay_to_the_slow_weights_is_a_decay_of_the_distance_from_them(optimizer, cut, batch):
+    rate = float(optimizer.split("lr: ")[1].split(",")[0])
+    level = inner_level(optimizer=optimizer.replace("}", ", decay_to: init}"), unroll=cut or "null")
+    model, loop = loop_of(tiny(level))
+    steps = OPTIMIZERS[optimizer]
+    expected = unrolled(model, *batch, steps, 2, [rate] * 3, cut=cut, decay_to="init")
+    losses = outer_losses(loop, *batch)
+    close({"loss": losses}, {"loss": expected})
+    close(gradients(model, losses), gradients(model, expected))
+    assert (losses - unrolled(model, *batch, steps, 2, [rate] * 3, cut=cut)).abs().max() > 1e-6
 
 
 def test_a_memory_and_an_attention_carry_through_the_inner_updates(batch):

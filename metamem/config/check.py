@@ -188,6 +188,10 @@ def _check_level(level: LevelConfig, hierarchy: HierarchyConfig) -> None:
         for key in ("lr_per", "lr_sign", "lr_initial"):
             if optimizer.lr != "learned" and getattr(optimizer, key) != getattr(type(optimizer), key):
                 raise where.at("optimizer", key).error("is of a learned rate, and lr is a number: set lr to learned")
+        if level.outer and optimizer.decay_to != "zero":
+            raise where.at("optimizer", "decay_to").error("is of inner levels: an outer level has no slower weights")
+        if optimizer.decay_to != "zero" and not optimizer.weight_decay:
+            raise where.at("optimizer", "decay_to").error("is of weight_decay, which is 0: set it, or leave this out")
         if optimizer.name != "sgd" and optimizer.momentum:
             raise where.at("optimizer", "momentum").error(f"is sgd's; {optimizer.name} has betas")
         if optimizer.name == "sgd" and optimizer.betas != type(optimizer).betas:

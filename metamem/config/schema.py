@@ -102,6 +102,9 @@ class RuleConfig(Located):
 class OptimizerConfig(Located):
     """The optimizer of an `inner` or an outer level. `momentum` is sgd's; `betas` are those of adam and adamw.
 
+    `weight_decay` is towards zero; that of an inner level may be towards the slow weights (`decay_to: init`): what it
+    learned fades, and however long a stream, it stays near them.
+
     The learned rate of an inner level is one per `lr_per`, starts at `lr_initial`, and stays positive or may take any
     sign.
     """
@@ -110,6 +113,7 @@ class OptimizerConfig(Located):
     lr: Rate | Learned
     momentum: Fraction = 0.0
     weight_decay: NonNegative = 0.0
+    decay_to: Literal["zero", "init"] = "zero"
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     lr_per: Literal["level", "group", "tensor", "row", "element"] = "tensor"
     lr_sign: Literal["positive", "any"] = "positive"

@@ -190,6 +190,10 @@ def _check_level(level: EpisodeLevelConfig) -> None:
     if inner:
         if level.period != 1:
             raise (where / "period").error("is 1 in episodes: the inner level makes `steps` updates on each task")
+        if optimizer.decay_to != "zero":
+            raise where.at("optimizer", "decay_to").error(
+                "must be zero in episodes: `proximal` pulls to the slow weights"
+            )
         if optimizer.options:
             raise where.at("optimizer", "options").error("are those of a step level's optimizer")
         return

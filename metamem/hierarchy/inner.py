@@ -185,10 +185,13 @@ class InnerLoop:
         return level.rates.of_each(self.network.get_parameter(f"inner_rates.{level.name}"))
 
     def apply(self, level: InnerLevel, state: InnerState, gradients: Sequence[Tensor]) -> InnerState:
-        """One inner update: `θ ← θ − rate · step(gradient)`, differentiable in the gradients and the rates."""
-        values = tuple(state.fast[name] for name in level.members)
+        """One inner update: `θ ← θ − rate · step(gradient, decayed)`, differentiable in the gradients and the rates;
+        what decays is θ, or how far it is from the slow weights (`decay_to`)."""
+        values = decayed = tuple(state.fast[name] for name in level.members)
+        if level.optimizer.decay_to == "init":
+            decayed = tuple(state.fast[name] - self.network.get_parameter(name) for name in level.members)
         directions, optimizer = self.transforms[level.name].update(
-            tuple(gradients), state.optimizer, params=values, inplace=False
+            tuple(gradients), state.optimizer, params=decayed, inplace=False
         )
         moves = zip(values, self.rates(level), directions, strict=True)
         moved = [value + rate * direction for value, rate, direction in moves]
