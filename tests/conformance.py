@@ -172,7 +172,7 @@ MEMORIES = {
     "mnm-p": Entry(lambda: mnm("predicted_targets"), MNM_EXEMPT),
     "dnc": Entry(lambda: DNC(DIM, DNCOptions(**SIZES, write_heads=2, pass_through=True)), SLOTS_EXEMPT),
     "dnc-learned-start": Entry(
-        lambda: DNC(DIM, DNCOptions(**SIZES, initial="learned", normalisation="layer")), SLOTS_EXEMPT
+        lambda: DNC(DIM, DNCOptions(**SIZES, initial="learned", normalisation="layer", sharp_links=True)), SLOTS_EXEMPT
     ),
     "sam": Entry(lambda: SAM(DIM, SparseOptions(**SPARSE, write_heads=2)), SLOTS_EXEMPT),
     "sdnc": Entry(lambda: SDNC(DIM, SDNCOptions(**SPARSE, write_heads=2, links=4)), SLOTS_EXEMPT),

@@ -302,7 +302,7 @@ class FallbackConfig(Located):
     probe: Count = 16
     alarm: Positive = 5.0
     wake: NonNegative = 4.0
-    lead: Positive = 40.0
+    lead: Positive = 100.0
     share: Annotated[float, Range(above=0, below=0.5)] = 1e-3
 
 
