@@ -31,8 +31,11 @@ which an editor completes and checks a file; `metamem check FILE` checks one wit
 set on the command line too: `training.steps=20`.
 
 Beside the keys below, `extends: FILE`, or a list of files: each is read first, later ones win, mappings merge and lists
-replace. `${vars.dim}` stands for a variable. Where a kind or a task is named, so can be the dotted path of a class of
-your own, whose arguments are then the options."""
+replace. A file is relative to the one that names it; `metamem:memory/titans.yaml` is one that ships, from any folder,
+for `base:` of an ablation too, and on the command line: `metamem check metamem:quickstart.yaml`.
+
+`${vars.dim}` stands for a variable. Where a kind or a task is named, so can be the dotted path of a class of your own,
+whose arguments are then the options."""
 FROM_ROOT = ("CHANGELOG", "CONTRIBUTING")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".md": "markdown"}
 

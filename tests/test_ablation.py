@@ -211,7 +211,7 @@ def test_what_is_wrong_with_any_cell_is_one_line_and_nothing_runs(text, message)
     [
         ("cells: {x: {}}", "a.yaml: is no ablation; an ablation names the config that it varies, as base: ../c"),
         ("extends: base.yaml\nseed: 3", "a.yaml: is a config; an ablation names the config"),
-        ("base: bas.yaml\ncells: {x: {}}", "a.yaml:1: base: there is no file 'bas.yaml'; did you mean 'base.yaml'?"),
+        ("base: bas.yaml\ncells: {x: {}}", "a.yaml:1: base: bas.yaml: no such file; did you mean 'base.yaml'?"),
         ("base: base.yaml\ncells: {}", "a.yaml:2: cells: is empty"),
         ("base: base.yaml", "a.yaml: cells: is empty: name at least one family of cells"),
         ("base: base.yaml\ncells: {x/y: {}}", "'x/y' cannot name cells"),

@@ -258,6 +258,31 @@ def test_another_kind_or_task_starts_afresh() -> None:
     assert config.task == {"name": "other", "path": "x"}
 
 
+def test_a_config_that_ships_is_named_from_any_folder() -> None:
+    files = "[metamem:memory/titans.yaml, metamem:experiment/associative_recall.yaml]"
+    write(mine=f"extends: {files}\ntraining: {{steps: 7}}\n")
+    config = load_config("mine.yaml")
+    assert (config.name, config.training.steps, config.network.modules["embed"]["kind"]) == ("mine", 7, "embedding")
+    assert config.hierarchy.levels[0].where.place.startswith("metamem:memory/titans.yaml:")
+    shipped = load_config("metamem:quickstart.yaml", ["training.steps=3"])
+    assert (shipped.name, shipped.training.steps) == ("quickstart", 3)
+
+
+@pytest.mark.parametrize(
+    ("named", "meant"),
+    [
+        ("metamem:memory/titan.yaml", "metamem:memory/titans.yaml"),  # nearest beside it
+        ("configs/memory/titans.yaml", "metamem:memory/titans.yaml"),  # as from a checkout
+        ("quickstart.yaml", "metamem:quickstart.yaml"),
+    ],
+)
+def test_a_file_that_is_not_there_may_be_one_that_ships(named: str, meant: str) -> None:
+    write(mine=f"extends: {named}\n")
+    said = f"{named}: no such file; did you mean '{meant}'?"
+    assert error_of(lambda: load_config("mine.yaml")) == f"mine.yaml:1: extends: {said}"
+    assert error_of(lambda: load_config(named)) == said
+
+
 def test_extends_errors() -> None:
     write(a="extends: b.yaml\n", b="extends: [a.yaml]\n", lost="extends: [a.yaml, bb.yaml]\n", bbc="")
     assert error_of(lambda: load_config(Path("a.yaml"))) == (

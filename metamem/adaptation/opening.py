@@ -8,7 +8,6 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
-import metamem
 from metamem.adaptation.hugging_face import is_causal_lm, is_hub_network, load_adapt, load_causal_lm, load_tokenizer
 from metamem.adaptation.stream import Bytes, Words
 from metamem.config import AdaptConfig, Config, UserError, load_config
@@ -19,13 +18,13 @@ from metamem.training.loop import load_run
 from metamem.training.run_folder import CONFIG
 
 Opened = tuple[Stateful, Config | AdaptConfig, Callable[..., Int[Tensor, "1 tokens"]]]
-DEFAULT = "adapt/causal_lm.yaml"
+DEFAULT = "metamem:adapt/causal_lm.yaml"
 
 
 def open_model(folder: Path, config: Path | None, overrides: Sequence[str]) -> Opened:
     """The model of a folder, the config that it adapts by, and what makes tokens of bytes."""
     if is_causal_lm(folder):
-        adapted = load_adapt(shipped_configs() / DEFAULT if config is None else config, overrides)
+        adapted = load_adapt(DEFAULT if config is None else config, overrides)
         model, resolved = load_causal_lm(folder, adapted)
         tokenizer = load_tokenizer(folder, model.dim_out)
         return model, resolved, Bytes() if tokenizer is None else Words(tokenizer)
@@ -52,10 +51,3 @@ def _network(folder: Path, overrides: Sequence[str]) -> tuple[Network, Config]:
         return found.network, found.config
     network, config = load_run(folder)
     return network, load_config(folder / CONFIG, overrides) if overrides else config
-
-
-def shipped_configs() -> Path:
-    """The configs of this installation: a checkout's own, or those in the wheel."""
-    root = Path(metamem.__file__).parent
-    inside = root / "shipped_configs"
-    return inside if inside.is_dir() else root.parent / "configs"

@@ -33,7 +33,9 @@ from metamem.config.ablation import (
     split_overrides,
 )
 from metamem.config.errors import show
+from metamem.config.load import read_text
 from metamem.config.overrides import Override
+from metamem.config.shipped import locate
 from metamem.hierarchy import OuterLevels
 from metamem.hierarchy.calendar import calendar_of
 from metamem.network import build
@@ -98,15 +100,13 @@ def plan_ablation(path: Path | str, overrides: Sequence[str] = ()) -> Plan:
     Raises ConfigError, before anything runs, for whatever is wrong with any cell: a key that does not exist, a type, a
     network that cannot be built, a task that cannot be had, a function that is not there.
     """
-    path = Path(path)
+    path = locate(path)
     own, shared = split_overrides(overrides)
     ablation = load_ablation(path, own)
     if ablation.function is not None:
         resolve_function(ablation.function, ablation.where / "function")
-    base = path.parent / ablation.base
-    if not base.is_file():
-        siblings = [str(Path(ablation.base).parent / other.name) for other in base.parent.glob("*.yaml")]
-        raise (ablation.where / "base").unknown(f"there is no file {ablation.base!r}", ablation.base, sorted(siblings))
+    base = locate(ablation.base, path.parent)
+    read_text(base, str(ablation.where / "base"))  # an error is told at the place that names it
     named = [
         (name, family, factors, [*settings, *shared])
         for family, options in ablation.cells.items()

@@ -1,6 +1,6 @@
 """An ablation: a grid over a config, as YAML of its own kind.
 
-    base: ../associative_recall.yaml          # a config, relative to this file
+    base: ../associative_recall.yaml          # a config, relative to this file, or metamem:FILE for one that ships
     seeds: [0, 1, 2, 3, 4]                    # each cell once a seed
     set: {training.steps: 400}                # overrides of all cells
     cells:                                    # families of cells, by name
@@ -40,6 +40,7 @@ from metamem.config.load import display, read_text
 from metamem.config.nodes import Node
 from metamem.config.overrides import Override, apply_overrides, parse_override
 from metamem.config.schema import Config, Count, Located, NonNegative, Positive, Whole
+from metamem.config.shipped import locate
 
 Attribution = Literal["leave_one_out", "add_one_in"]
 
@@ -128,7 +129,7 @@ def load_ablation(path: Path | str, overrides: Sequence[str | Override] = ()) ->
 
     Raises `ConfigError` for what is wrong with the file itself; cells are checked by `metamem.analysis.plan`.
     """
-    path = Path(path)
+    path = locate(path)
     place = display(path)
     root = nodes.parse(read_text(path, place), place)
     if not isinstance(root.value, dict) or "base" not in root.value:

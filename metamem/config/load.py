@@ -1,10 +1,10 @@
 """Config files to a checked `Config`: YAML with `extends`, overrides, `${...}` interpolation, types, consistency.
 
-`extends: [a.yaml, b.yaml]` names files relative to the one that says it. Later ones win over earlier ones, the file
-itself over all of them. Mappings merge, lists replace. What chooses another `kind` (a module, or a variable that holds
-one) or another `name` (the task, a level's optimizer) starts afresh; a level's objective is replaced whole. Levels as a
-mapping name -> level merge by name, over a list of them too. The config's own `name` is not inherited: it names the
-run, and defaults to the file's.
+`extends: [a.yaml, metamem:b.yaml]` names files relative to the one that says it, and configs that ship with metamem.
+Later ones win over earlier ones, the file itself over all of them. Mappings merge, lists replace. What chooses another
+`kind` (a module, or a variable that holds one) or another `name` (the task, a level's optimizer) starts afresh; a
+level's objective is replaced whole. Levels as a mapping name -> level merge by name, over a list of them too. The
+config's own `name` is not inherited: it names the run, and defaults to the file's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from metamem.config.nodes import Node
 from metamem.config.overrides import Override, apply_overrides
 from metamem.config.references import escape, interpolate
 from metamem.config.schema import Config, Located, RunConfig, to_dict
+from metamem.config.shipped import locate, shipped_like, shipped_name
 
 C = TypeVar("C", bound=Located)
 
@@ -39,7 +40,7 @@ def load_config(path: Path | str, overrides: Sequence[str | Override] = ()) -> C
 
 def load_as(schema: type[C], path: Path | str, overrides: Sequence[str | Override] = ()) -> C:
     """A config of another schema, its types checked and nothing else."""
-    path = Path(path)
+    path = locate(path)
     root = apply_overrides(_load(path, display(path), ()), overrides, schema)
     root.value.setdefault("name", Node(path.stem, root.place))
     tree, sources = nodes.strip(root)
@@ -48,7 +49,8 @@ def load_as(schema: type[C], path: Path | str, overrides: Sequence[str | Overrid
 
 def has_key(path: Path | str, key: str) -> bool:
     """Whether a config file, or one that it extends, has a key at its top."""
-    return key in _load(Path(path), display(Path(path)), ()).value
+    path = locate(path)
+    return key in _load(path, display(path), ()).value
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -75,7 +77,7 @@ def _load(path: Path, asked_by: str, chain: tuple[Path, ...]) -> Node:
     for item in listed:
         if not isinstance(item.value, str):
             raise Where.of(item.place).error("extends: expected a file name or a list of file names")
-        base = _load(path.parent / item.value, f"{item.place}: extends", (*chain, identity))
+        base = _load(locate(item.value, path.parent), f"{item.place}: extends", (*chain, identity))
         base.value.pop("name", None)
         merged = nodes.merge(merged, base)
     return nodes.merge(merged, node)
@@ -88,10 +90,8 @@ def read_text(path: Path, asked_by: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        folder = path.parent
-        siblings = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
-        guess = nearest(path.name, siblings)
-        hint = f"; did you mean {display(folder / guess[0])!r}?" if guess else ""
+        like = _like(path)
+        hint = f"; did you mean {display(like)!r}?" if like is not None else ""
         raise Where.of(asked_by).error(f"{about}no such file{hint}") from None
     except UnicodeDecodeError as error:
         raise Where.of(asked_by).error(f"{about}not UTF-8 text (byte {error.start})") from None
@@ -100,10 +100,21 @@ def read_text(path: Path, asked_by: str) -> str:
         raise Where.of(asked_by).error(f"{about}cannot be read: {reason}") from None
 
 
+def _like(path: Path) -> Path | None:
+    """The file that was meant by one that is not there: one that ships under that name, or the nearest beside it."""
+    if (shipped := shipped_like(path)) is not None:
+        return shipped
+    folder = path.parent
+    siblings = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
+    guess = nearest(path.name, siblings)
+    return folder / guess[0] if guess else None
+
+
 def display(path: Path) -> str:
-    """A path as the user knows it: relative to the current folder where it lies in it."""
+    """A path as the user knows it: relative to the current folder, if it lies in it; `metamem:FILE`, if it ships."""
     try:
-        relative = os.path.relpath(os.path.realpath(path))
+        real = os.path.realpath(path)
+        relative = os.path.relpath(real)
     except (OSError, ValueError):
         return str(path)
-    return str(path) if relative.startswith("..") else relative
+    return shipped_name(Path(real)) or str(path) if relative.startswith("..") else relative
