@@ -40,17 +40,17 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("sort", "recurrent", 2_000, ("length-8", "length-12", "length-16")),
-        Task("argmax", "recurrent", 1_500, ("length-8", "length-12", "length-16")),
-        Task("adding", "numbers", 1_500, ("length-50", "length-100", "length-200"), (MSE,)),
+        Task("sort", "recurrent", 1_500, ("length-8", "length-12", "length-16")),
+        Task("argmax", "recurrent", 1_250, ("length-8", "length-12", "length-16")),
+        Task("adding", "numbers", 1_000, ("length-50", "length-100", "length-200"), (MSE,)),
         Task(
             "associative_recall",
             "recurrent",
-            2_000,
+            1_500,
             ("pairs-8",),
             ("task.pairs=[2, 4, 8]", "vars.vocabulary=32", "training.length=32"),
         ),
-        Task("graph", "recurrent", 2_000, ("nodes-7", "nodes-10", "metro-6", "metro-8")),
+        Task("graph", "recurrent", 1_000, ("nodes-7", "nodes-10", "metro-6", "metro-8")),
     )
 }
 
@@ -127,7 +127,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Trains the cells that are not there yet, then reports on all."""
-    study = open_study("algorithmic_tasks", "Memories on algorithmic tasks.", seeds=2, options=options)
+    study = open_study("algorithmic_tasks", "Memories on algorithmic tasks.", seeds=1, options=options)
     chosen = study.options
     evaluations = 2 if study.smoke else chosen.evaluations
     tasks = {name: replace(TASKS[name], steps=4) if study.smoke else TASKS[name] for name in chosen.tasks}

@@ -21,7 +21,7 @@ from metamem.config import Config, load_config, to_dict
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENT = "experiment/algorithmic"
 COMPILE = "network.modules.blocks.modules.memory.compile_step=true"
-COMPILED_FROM = 2000  # updates of a training that make up for the wait for compiled graphs
+COMPILED_FROM = 5000  # updates of a training that make up for the wait for compiled graphs
 
 
 @dataclass(frozen=True)
