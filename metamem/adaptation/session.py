@@ -413,12 +413,12 @@ class Session:
             self.home_service = self.standing.service
 
     def _put_back(self, reason: str, value: float, limit: float) -> None:
-        """The adapted weights back to those worth coming back to, the next time to the slow ones; then rest."""
+        """The adapted weights back to those worth coming back to, or to the slow ones; the third time, to rest."""
         self._note("", reason, value, limit)
         falls = self.standing.falls + 1
         if self.shadow is not None:
             self.state = self.shadow
-        self._restart(home=falls == 1 and self.home_service > 0)
+        self._restart(home=falls < FALLS and self.home_service > 0)
         self.standing = replace(self.standing, lead=0.0, ahead=0.0, calm=0, falls=falls, service=0)
         if falls >= FALLS and self.adaptation.guards is not None:
             self._rest()
