@@ -66,11 +66,11 @@ class PlainDNC:
         for w in self.written.detach():
             unwritten = unwritten * (1 - w)
         for head in range(reads):
-            kept = kept * (1 - gates[head] * self.read[head])
+            kept = kept * (1 - torch.sigmoid(parts["free"][head]) * self.read[head])
         self.usage = usage = (self.usage + (1 - self.usage) * (1 - unwritten)) * kept
         written = []
         for head in range(writes):
-            share, amount = gates[reads + head], gates[reads + writes + head]
+            share, amount = gates[head], gates[writes + head]
             free = allocation(usage)
             alike = content(self.memory, parts["write_keys"][head], strengths[reads + head])
             written.append(amount * (share * free + (1 - share) * alike))

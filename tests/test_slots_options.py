@@ -108,6 +108,7 @@ OF_PARTS = [  # kind, an option, what of a token's parts it changes, and to what
     *((kind, {"sharpness": "oneplus"}, dict.fromkeys(names, paper)) for kind, names in STRENGTHS.items()),
     *((kind, {"sharpness": 3.0}, dict.fromkeys(names, 3.0)) for kind, names in STRENGTHS.items()),
     *((kind, {"erase": False}, {"erase": None}) for kind in ("dnc", "ntm", "key_value")),
+    ("dnc", {"freeing": False}, {"free": None}),
     ("dnc", {"sharp_links": True}, {"powers": at_least_one}),
     ("ntm", {"gamma": 2.0}, {"reads.gamma": 2.0, "writes.gamma": 2.0}),
     ("ntm", {"shifts": 2}, {"reads.shifts": wider, "writes.shifts": wider}),

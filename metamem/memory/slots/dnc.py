@@ -41,9 +41,11 @@ class DNCOptions(DenseOptions):
 
     - `sharp_links`   where links lead a read head is sharpened, by a learned power of each head and direction: it
                       follows long sequences without getting lost (Csordás and Schmidhuber 2019)
+    - `freeing`   a read may free the slots that it read, by the free gates; off: what was written stays in use
     """
 
     sharp_links: bool = False
+    freeing: bool = True
 
 
 class DNCState(TypedDict):
@@ -66,7 +68,7 @@ class DNCParts(NamedTuple):
     write_strengths: HeadGates | float
     erase: Keys | None
     values: Keys
-    free: HeadGates
+    free: HeadGates | None
     share: HeadGates
     amount: HeadGates | None
     modes: Float[Tensor, "batch heads modes"]
@@ -89,7 +91,8 @@ class DNCRule:
             **strength_shapes(self.options, reads + writes),
             **erase_shapes(self.options),
             "values": (writes, word),
-            "gates": (reads + writes + writes * self.options.gating,),
+            **({"free": (reads,)} if self.options.freeing else {}),
+            "gates": (writes + writes * self.options.gating,),
             "modes": (reads, 1 + 2 * writes),
             **({"powers": (reads, 2)} if self.options.sharp_links else {}),
         }
@@ -97,8 +100,8 @@ class DNCRule:
     def parts(self, vectors: Vectors) -> DNCParts:
         """The parts, as gates, keys and distributions."""
         options, reads, writes = self.options, self.options.read_heads, self.options.write_heads
-        parts = parts_of(vectors, self.shapes)
-        gates = GATES[options.gate](parts["gates"])
+        parts, gate = parts_of(vectors, self.shapes), GATES[options.gate]
+        gates = gate(parts["gates"])
         return DNCParts(
             read_keys=parts["read_keys"],
             write_keys=parts["write_keys"],
@@ -106,9 +109,9 @@ class DNCRule:
             write_strengths=interface.strengths(options, parts, slice(reads, None)),
             erase=interface.erase(parts),
             values=parts["values"],
-            free=gates[:, :reads],
-            share=gates[:, reads : reads + writes],
-            amount=gates[:, reads + writes :] if options.gating else None,
+            free=gate(parts["free"]) if options.freeing else None,
+            share=gates[:, :writes],
+            amount=gates[:, writes:] if options.gating else None,
             modes=torch.softmax(parts["modes"], -1),
             powers=oneplus(parts["powers"]) if options.sharp_links else None,
         )

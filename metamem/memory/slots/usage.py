@@ -25,10 +25,10 @@ HeadGates = Float[Tensor, "batch heads"]
 Written = Float[Tensor, "batch writes slots"]
 
 
-def usage_after(usage: Usage, written: Written, read: Weights, free: HeadGates) -> Usage:
-    """The usage once what was written is in use, and what was read and freed no more."""
-    kept = _product(1 - written.detach())
-    return (1 - kept * (1 - usage)) * _product(1 - free.unsqueeze(-1) * read)
+def usage_after(usage: Usage, written: Written, read: Weights, free: HeadGates | None) -> Usage:
+    """The usage once what was written is in use, and what was read and freed no more; None: nothing is freed."""
+    used = 1 - _product(1 - written.detach()) * (1 - usage)
+    return used if free is None else used * _product(1 - free.unsqueeze(-1) * read)
 
 
 def allocation(usage: Usage) -> Usage:
