@@ -54,10 +54,10 @@ class FamilyConfig(Located):
     """A family of cells: overrides that all of them have (`set`), and what varies: the product of `grid`, the columns
     of `together` (lists of one length), and `levels` (which fast levels there are)."""
 
-    set: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    together: dict[str, list[Any]] = field(default_factory=dict)
-    levels: Annotated[list[Attribution], ONE_OR_MORE] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict[str, Any])
+    grid: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
+    together: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
+    levels: Annotated[list[Attribution], ONE_OR_MORE] = field(default_factory=list[Attribution])
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ class AblationConfig(Located):
 
     name: str
     base: str
-    cells: dict[str, FamilyConfig] = field(default_factory=dict)
+    cells: dict[str, FamilyConfig] = field(default_factory=dict[str, FamilyConfig])
     search: SearchConfig | None = None
     seeds: Annotated[list[Whole], ONE_OR_MORE] = field(default_factory=lambda: [0])
-    set: dict[str, Any] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict[str, Any])
     function: str | None = None
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     retries: Whole = 1
@@ -132,11 +132,11 @@ def load_ablation(path: Path | str, overrides: Sequence[str | Override] = ()) ->
     path = locate(path)
     place = display(path)
     root = nodes.parse(read_text(path, place), place)
-    if not isinstance(root.value, dict) or "base" not in root.value:
-        kind = "a config" if isinstance(root.value, dict) and {*root.value} & _config_keys() else "no ablation"
+    if "base" not in root.entries:
+        kind = "a config" if root.entries.keys() & _config_keys() else "no ablation"
         raise Where.of(place).error(f"is {kind}; an ablation names the config that it varies, as base: ../config.yaml")
     root = apply_overrides(root, overrides, AblationConfig)
-    root.value.setdefault("name", Node(path.stem, root.place))
+    root.entries.setdefault("name", Node(path.stem, root.place))
     plain, sources = nodes.strip(root)
     ablation: AblationConfig = convert(plain, AblationConfig, Where(sources))
     _check(ablation)
@@ -145,8 +145,7 @@ def load_ablation(path: Path | str, overrides: Sequence[str | Override] = ()) ->
 
 def is_ablation(path: Path) -> bool:
     """Whether a YAML file is an ablation rather than a config."""
-    value = nodes.parse(read_text(path, display(path)), display(path)).value
-    return isinstance(value, dict) and "base" in value
+    return "base" in nodes.parse(read_text(path, display(path)), display(path)).entries
 
 
 def _config_keys() -> set[str]:

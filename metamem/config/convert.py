@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from metamem.config.errors import Where, nearest, show
+from metamem.config.plain import is_list, is_mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,13 @@ class ByName:
 
 
 LISTS = (list, Sequence)
-SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a mapping"}
+SCALARS: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    dict: "a mapping",
+}
 
 
 def convert(value: Any, annotation: Any, where: Where) -> Any:
@@ -85,10 +92,10 @@ def convert(value: Any, annotation: Any, where: Where) -> Any:
 def _convert_annotated(value: Any, annotation: Any, where: Where) -> Any:
     inner, *marks = get_args(annotation)
     for mark in marks:
-        if isinstance(mark, ByName) and isinstance(value, dict):
+        if isinstance(mark, ByName) and is_mapping(value):
             return _convert_by_name(value, get_args(inner)[0], mark, where)
     if ONE_OR_MORE in marks:
-        value = value if isinstance(value, list) else [value]
+        value = value if is_list(value) else [value]
         if not value:
             raise where.error("the list is empty: name at least one")
     # A mismatch is described with the whole annotation, which knows the range.
@@ -102,9 +109,9 @@ def _convert_annotated(value: Any, annotation: Any, where: Where) -> Any:
 
 
 def _convert_by_name(value: dict[str, Any], kind: Any, mark: ByName, where: Where) -> list[Any]:
-    items = []
+    items: list[Any] = []
     for name, item in value.items():
-        if isinstance(item, dict):
+        if is_mapping(item):
             if item.get("name", name) != name:
                 raise (where / name / "name").error(f"is {show(item['name'])}, but its key already names it {name!r}")
             item = {**item, "name": name}

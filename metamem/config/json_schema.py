@@ -64,7 +64,7 @@ def _ref(name: str) -> Schema:
 def _schema(annotation: Any, definitions: Schema, in_list: bool = False) -> Schema:
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if origin is Annotated:
-        schema = _schema(arguments[0], definitions)
+        schema: Schema = _schema(arguments[0], definitions)
         for mark in arguments[1:]:
             if isinstance(mark, Range):
                 bounds = {_BOUNDS[key]: bound for key, bound in dataclasses.asdict(mark).items() if bound is not None}
@@ -107,7 +107,7 @@ def _dataclass(cls: Any, definitions: Schema, in_list: bool) -> Schema:
     if cls.__name__ not in definitions:
         definitions[cls.__name__] = {}
         hints = get_type_hints(cls, include_extras=True)
-        properties = {}
+        properties: Schema = {}
         for field in fields:
             schema = _schema(hints[field.name], definitions)
             if field.default is not dataclasses.MISSING:
@@ -128,7 +128,7 @@ def _dataclass(cls: Any, definitions: Schema, in_list: bool) -> Schema:
 def entries(registry: Registry[Any], definitions: Schema) -> Schema:
     """Of each registered name its options, of a dotted path any; and, for a file that changes another's entry, options
     without the name."""
-    entries = []
+    known: list[Schema] = []
     for name in registry:
         properties: Schema = {registry.key: {"const": name}}
         for option, (annotation, default) in registry.options(name).items():
@@ -138,12 +138,12 @@ def entries(registry: Registry[Any], definitions: Schema) -> Schema:
         if registry is MODULES and name == "network":
             network = definitions[NetworkConfig.__name__]["properties"]
             properties = {**properties, "modules": network["modules"], "connections": network["connections"]}
-        entries.append(
+        known.append(
             {"type": "object", "properties": properties, "required": [registry.key], "additionalProperties": False}
         )
     own = {"type": "object", "properties": {registry.key: {"type": "string", "pattern": r"\."}}}
     unnamed = {"type": "object", "not": {"required": [registry.key]}}
-    return {"anyOf": [*entries, {**own, "required": [registry.key]}, unnamed]}
+    return {"anyOf": [*known, {**own, "required": [registry.key]}, unnamed]}
 
 
 def _trackers(definitions: Schema) -> Schema:

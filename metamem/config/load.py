@@ -42,7 +42,7 @@ def load_as(schema: type[C], path: Path | str, overrides: Sequence[str | Overrid
     """A config of another schema, its types checked and nothing else."""
     path = locate(path)
     root = apply_overrides(_load(path, display(path), ()), overrides, schema)
-    root.value.setdefault("name", Node(path.stem, root.place))
+    root.entries.setdefault("name", Node(path.stem, root.place))
     tree, sources = nodes.strip(root)
     return convert(interpolate(tree, sources), schema, Where(sources))
 
@@ -50,7 +50,7 @@ def load_as(schema: type[C], path: Path | str, overrides: Sequence[str | Overrid
 def has_key(path: Path | str, key: str) -> bool:
     """Whether a config file, or one that it extends, has a key at its top."""
     path = locate(path)
-    return key in _load(path, display(path), ()).value
+    return key in _load(path, display(path), ()).entries
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -78,7 +78,7 @@ def _load(path: Path, asked_by: str, chain: tuple[Path, ...]) -> Node:
         if not isinstance(item.value, str):
             raise Where.of(item.place).error("extends: expected a file name or a list of file names")
         base = _load(locate(item.value, path.parent), f"{item.place}: extends", (*chain, identity))
-        base.value.pop("name", None)
+        base.entries.pop("name", None)
         merged = nodes.merge(merged, base)
     return nodes.merge(merged, node)
 

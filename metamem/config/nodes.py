@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from metamem.config.errors import Path, Sources, Where
+from metamem.config.plain import is_list, is_mapping
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = (
@@ -31,7 +32,10 @@ TOO_LONG = 4000  # digits; Python refuses to read longer integers, and no config
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # YAML 1.1's are dropped
+    pass
+
+
+_Loader.yaml_implicit_resolvers = {}  # YAML 1.1's are dropped
 
 
 class _Dumper(yaml.SafeDumper):
@@ -43,13 +47,14 @@ class _Dumper(yaml.SafeDumper):
     def represent_str(self, data: str) -> yaml.ScalarNode:
         # PyYAML writes these line breaks raw in other styles, and reads them back as a blank.
         breaks = any(mark in data for mark in "\r\x85\u2028\u2029")
-        return self.represent_scalar(_TAG + "str", data, style='"' if breaks else None)
+        return yaml.ScalarNode(_TAG + "str", data, style='"' if breaks else None)
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
 
+_classes: tuple[Any, ...] = (_Loader, _Dumper)
 for _name, _pattern, _first in _SCALARS:
-    for _class in (_Loader, _Dumper):
+    for _class in _classes:
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^{_pattern}$"), _first)
 
 
@@ -60,8 +65,19 @@ LEVELS: Path = ("hierarchy", "levels")
 class Node:
     """A value and the place of its key; mappings and lists hold nodes."""
 
-    value: Any
+    value: dict[str, Node] | list[Node] | str | float | bool | None
     place: str
+
+    @property
+    def entries(self) -> dict[str, Node]:
+        """The keys of a mapping; of anything else none."""
+        return self.value if isinstance(self.value, dict) else {}
+
+    @property
+    def name(self) -> str | None:
+        """The text under the key `name`, if there is one."""
+        name = self.entries.get("name")
+        return name.value if name is not None and isinstance(name.value, str) else None
 
 
 def parse(text: str, place: str, numbered: bool = True) -> Node:
@@ -100,7 +116,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     """The values that a node comes to, what aliases name counted each time."""
     if id(node) not in known:
         known[id(node)] = 0  # in itself: an error of its own
-        inside = node.value if isinstance(node, yaml.SequenceNode) else []
+        inside: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
         inside = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else inside
         known[id(node)] = 1 + sum(_count(child, known) for child in inside)
     return known[id(node)]
@@ -186,10 +202,9 @@ def chooser(path: Path) -> str | None:
 def _by_name(node: Node) -> Node:
     """A list of mappings that each have a `name`, as a mapping by it; anything else as it is."""
     items = node.value if isinstance(node.value, list) else []
-    names = [item.value.get("name") if isinstance(item.value, dict) else None for item in items]
-    if not items or not all(name and isinstance(name.value, str) for name in names):
+    if not items or any(item.name is None for item in items):
         return node
-    return Node({name.value: item for name, item in zip(names, items, strict=True) if name}, node.place)
+    return Node({item.name: item for item in items if item.name is not None}, node.place)
 
 
 def strip(root: Node) -> tuple[Any, Sources]:
@@ -211,19 +226,19 @@ def strip(root: Node) -> tuple[Any, Sources]:
 
 def _label(item: Any) -> str:
     """What a list item is called in errors: a level by its name, a connection by its ends."""
-    if not isinstance(item, dict):
+    if not is_mapping(item):
         return ""
     if "from" in item and "to" in item:
         source = item["from"]
-        return f"{', '.join(map(str, source)) if isinstance(source, list) else source} -> {item['to']}"
+        return f"{', '.join(map(str, source)) if is_list(source) else source} -> {item['to']}"
     return item["name"] if isinstance(item.get("name"), str) else ""
 
 
 def tree(value: Any, place: str) -> Node:
     """Plain values as a tree, all of it written at one place: the inverse of `strip`."""
-    if isinstance(value, dict):
+    if is_mapping(value):
         return Node({key: tree(item, place) for key, item in value.items()}, place)
-    return Node([tree(item, place) for item in value] if isinstance(value, list) else value, place)
+    return Node([tree(item, place) for item in value] if is_list(value) else value, place)
 
 
 def dump(value: Any) -> str:

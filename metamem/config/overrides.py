@@ -71,7 +71,7 @@ def _set(node: Node, keys: list[str], value: Node, path: Path, schema: type[Loca
         reference = re.fullmatch(r"\$\{([\w.]+)\}", str(node.value))
         hint = f"; set {reference[1]}.{'.'.join(keys)}" if reference else ""
         raise _where(path, value.place).error(f"is {show(node.value)}, and has no {key!r} to set{hint}")
-    entries: dict[str, Node] = node.value
+    entries = node.value
     if rest:
         if key not in entries:
             known = _schema_keys(path, schema)
@@ -90,7 +90,7 @@ def _set(node: Node, keys: list[str], value: Node, path: Path, schema: type[Loca
 
 
 def _index(items: list[Node], key: str, path: Path, place: str) -> int:
-    names = [_name(item) for item in items]
+    names = [item.name for item in items]
     if key in names:
         return names.index(key)
     if key.isdecimal() and int(key) < len(items):
@@ -99,11 +99,6 @@ def _index(items: list[Node], key: str, path: Path, place: str) -> int:
     if key.isdecimal() or not known:
         raise _where(path, place).error(f"has no item {key}: there are {len(items)}, counted from 0")
     raise _where((*path, key), place).unknown("no item has this name", key, known)
-
-
-def _name(item: Node) -> str | None:
-    name = item.value.get("name") if isinstance(item.value, dict) else None
-    return name.value if isinstance(name, Node) and isinstance(name.value, str) else None
 
 
 def _schema_keys(path: Path, schema: type[Located]) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from metamem.config.errors import ConfigError, Path, Sources, Where
+from metamem.config.errors import ConfigError, Key, Path, Sources, Where
+from metamem.config.plain import is_list, is_mapping
 
 _REFERENCE = re.compile(r"\$\{\s*([\w.\[\]-]+)\s*\}")
 
@@ -24,9 +25,9 @@ def interpolate(tree: Any, sources: Sources) -> Any:
 
 def escape(value: Any) -> Any:
     """Text that looks like a reference but is none any more, so that reading it back leaves it alone."""
-    if isinstance(value, dict):
+    if is_mapping(value):
         return {key: escape(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if is_list(value):
         return [escape(item) for item in value]
     # A backslash in front of a reference would escape it, and so is itself escaped.
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
@@ -37,7 +38,7 @@ class _Resolver:
 
     def __init__(self, tree: Any, sources: Sources) -> None:
         self.tree, self.sources = tree, sources
-        self.config = OmegaConf.create(tree)
+        self.config: Any = OmegaConf.create(tree)
         self.within: list[Path] = []
 
     def part(self, path: Path, where: Where) -> Any:
@@ -55,12 +56,12 @@ class _Resolver:
         return result
 
     def resolved(self, value: Any, container: Any, where: Where) -> Any:
-        if isinstance(value, dict):
+        if is_mapping(value):
             return {key: self.item(child, container, key, where / key) for key, child in value.items()}
         return [self.item(child, container, i, where / i) for i, child in enumerate(value)]
 
     def item(self, value: Any, container: Any, key: str | int, where: Where) -> Any:
-        if isinstance(value, dict | list):
+        if is_mapping(value) or is_list(value):
             return self.resolved(value, container[key], where)
         if not isinstance(value, str) or "${" not in value:
             return value
@@ -88,20 +89,26 @@ def _part(value: str, tree: Any) -> Path | None:
             return None
         part, path = tree, ()
         for name in re.findall(r"[^.\[\]]+", reference[1]):
-            key = int(name) if isinstance(part, list) and name.isdecimal() else name
-            there = key in part if isinstance(part, dict) else isinstance(key, int) and key < len(part)
-            if not there:
+            key = _key(part, name)
+            if key is None:
                 return None
             part, path = part[key], (*path, key)
-    return path if isinstance(part, dict | list) else None
+    return path if is_mapping(part) or is_list(part) else None
+
+
+def _key(part: Any, name: str) -> Key | None:
+    """The key or index of what a reference calls `name` in a mapping or list; None where there is none."""
+    if is_list(part):
+        return int(name) if name.isdecimal() and int(name) < len(part) else None
+    return name if is_mapping(part) and name in part else None
 
 
 def _check(value: Any, where: Where) -> None:
     """Refuse a malformed `${` here, where its place is known: OmegaConf refuses the whole tree for it."""
-    if isinstance(value, dict):
+    if is_mapping(value):
         for key, item in value.items():
             _check(item, where / key)
-    elif isinstance(value, list):
+    elif is_list(value):
         for i, item in enumerate(value):
             _check(item, where / i)
     elif isinstance(value, str) and "${" in value:
@@ -116,8 +123,8 @@ def _reference_error(value: str, tree: Any, where: Where, error: Exception) -> C
     for reference in _REFERENCE.findall(value):
         parent, known = reference.split("."), tree
         for depth, key in enumerate(parent):
-            if not isinstance(known, dict) or key not in known:
-                choices = [".".join([*parent[:depth], name]) for name in known] if isinstance(known, dict) else []
+            if not is_mapping(known) or key not in known:
+                choices = [".".join([*parent[:depth], name]) for name in known] if is_mapping(known) else []
                 return where.unknown(f"{value!r} refers to {reference}, which is not there", reference, choices)
             known = known[key]
     return where.error(f"{value!r}: {str(error).splitlines()[0]}")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from metamem.config.convert import DOTTED, ONE_OR_MORE, ByName, Range, key_of, schema_fields
 from metamem.config.errors import Where
+from metamem.config.plain import is_mapping
 
 Clock = Literal["token", "inner", "step", "epoch", "task"]
 CLOCKS: tuple[Clock, ...] = ("token", "inner", "step", "epoch", "task")  # fast to slow
@@ -94,7 +96,7 @@ class RuleConfig(Located):
     window: Count = 1
     transform: Literal["none", "sign", "clip", "rmsprop", "adam", "muon"] = "none"
     step: Positive = 1.0
-    retention: dict[str, float] = field(default_factory=dict)
+    retention: dict[str, float] = field(default_factory=dict[str, float])
     weight_norm: bool = False
 
 
@@ -217,7 +219,7 @@ class RunTrainingConfig(Located):
     schedule: Literal["constant", "cosine"] = "constant"
     checkpoint_every: Count = 200
     keep_last: Count = 2
-    trackers: list[str] | dict[str, Any] = field(default_factory=list)
+    trackers: list[str] | dict[str, Any] = field(default_factory=list[str])
     device: Literal["cpu", "cuda"] = "cpu"
     distributed: Literal["ddp", "fsdp"] = "ddp"
     threads: Count | None = None
@@ -333,7 +335,7 @@ class AdaptConfig(Located):
     context: Annotated[int, Range(low=2)] | None = None
     overlap: Whole = 0
     seed: Whole = 0
-    vars: dict[str, Any] = field(default_factory=dict)
+    vars: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +348,7 @@ class RunConfig(Located):
     hierarchy: HierarchyConfig
     training: RunTrainingConfig
     seed: Whole = 0
-    vars: dict[str, Any] = field(default_factory=dict)
+    vars: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def shape(self) -> Any:
@@ -372,6 +374,6 @@ def to_dict(node: Any) -> Any:
     """A config, or a part of one, as the plain mappings and lists that its YAML would hold."""
     if dataclasses.is_dataclass(node):
         return {key_of(item): to_dict(getattr(node, item.name)) for item in schema_fields(node)}
-    if isinstance(node, dict):
+    if is_mapping(node):
         return {key: to_dict(value) for key, value in node.items()}
-    return [to_dict(value) for value in node] if isinstance(node, list | tuple) else node
+    return [to_dict(value) for value in cast(Sequence[Any], node)] if isinstance(node, list | tuple) else node

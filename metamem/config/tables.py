@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
+from torch import nn
 
+from metamem.config.plain import is_list, is_mapping
 from metamem.config.schema import Config, LevelConfig, RouterConfig, RuleConfig, RunConfig, to_dict
 
 if TYPE_CHECKING:
     from metamem.hierarchy import Calendar
 
 
-def network_tree(model: Any, name: str = "network") -> Tree:
+def network_tree(model: nn.Module, name: str = "network") -> Tree:
     """The modules of an `nn.Module` with their parameter counts; neighbours that are alike share a line."""
     tree = Tree(_line(name, model))
     _grow(tree, model)
     return tree
 
 
-def _grow(tree: Tree, module: Any) -> None:
+def _grow(tree: Tree, module: nn.Module) -> None:
     children = list(module.named_children())
     start = 0
     while start < len(children):
@@ -40,7 +42,7 @@ def _grow(tree: Tree, module: Any) -> None:
             tree.add(f"[dim]{escape(f'{name} {list(parameter.shape)}')}[/dim]")
 
 
-def _line(name: str, module: Any) -> str:
+def _line(name: str, module: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in module.parameters())
     line = f"[bold]{escape(name)}[/bold]  {type(module).__name__}  {count:,}"
     if any(True for _ in module.children()):
@@ -49,9 +51,9 @@ def _line(name: str, module: Any) -> str:
     return f"{line}  [dim]{escape(shapes)}[/dim]" if shapes else line
 
 
-def _shape(module: Any) -> tuple[Any, ...]:
-    parameters = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    return type(module), tuple((name, type(part)) for name, part in module.named_modules()), parameters
+def _shape(module: nn.Module) -> tuple[Any, ...]:
+    parameters = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters(recurse=False))
+    return type(module), parameters, tuple((name, _shape(child)) for name, child in module.named_children())
 
 
 def hierarchy_table(config: RunConfig, owned: Mapping[str, list[str]], sizes: Mapping[str, int]) -> Table:
@@ -99,7 +101,7 @@ def _rule(level: LevelConfig) -> str:
 
 
 def _setting(key: str, value: Any) -> str:
-    if isinstance(value, dict):
+    if is_mapping(value):
         return "\n".join([key, *(f"{weight:g} × {path}" for path, weight in value.items())])
     return key if value is True else f"{key} {value}"
 
@@ -135,7 +137,7 @@ def router_table(router: RouterConfig, routers: Mapping[str, Any]) -> Table:
     settings = to_dict(router) | {"input": router.source, "hold": router.holds}
     for key, value in settings.items():
         if value is not None:
-            table.add_row(key, " ".join(value) if isinstance(value, list) else str(value))
+            table.add_row(key, " ".join(value) if is_list(value) else str(value))
     for path, one in routers.items():
         count = sum(parameter.numel() for parameter in one.parameters())
         table.add_row(path, f"groups: {one.groups}; levels: {', '.join(one.names)}; parameters: {count:,}")
