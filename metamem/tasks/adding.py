@@ -15,14 +15,13 @@ from torch import Tensor
 
 from metamem.registry import TASKS
 from metamem.targets import asked
-from metamem.tasks.episodic import Episodes, Episodic, check_length, check_range, draw
-from metamem.tasks.text import TaskError
+from metamem.tasks.episodic import Episodes, OfLengths
 
 NEAR = 0.04  # an answer this near to the sum is right, as in the paper
 
 
 @TASKS.register("adding")
-class Adding(Episodic):
+class Adding(OfLengths):
     """The sum of two marked numbers.
 
     Args:
@@ -34,6 +33,7 @@ class Adding(Episodic):
     Raises `TaskError` for settings that cannot be, and where a sequence is too short for the longest episode.
     """
 
+    activity, items = "adding among", "numbers"
     dim_in, dim_out = 2, 1
 
     def __init__(
@@ -44,21 +44,14 @@ class Adding(Episodic):
         examples: int = 256,
         seed: int = 0,
     ) -> None:
-        self.shortest, self.longest = check_range("lengths", lengths, least=2)
-        if min((2, *tested)) < 2:
-            raise TaskError(f"tested must be at least 2, not {list(tested)}")
-        super().__init__({f"length-{n}": n for n in dict.fromkeys((self.longest, *tested))}, examples, seed)
+        super().__init__(lengths, tested, examples, seed, least=2)
 
-    def sample(self, generator: torch.Generator, batch: int, length: int) -> Episodes:
-        """`batch` episodes, each of its own number of numbers."""
-        check_length(self.longest, length, f"adding among {self.longest} numbers")
-        return self._lay_out(generator, draw(generator, batch, self.shortest, self.longest), length)
+    def positions(self, size: int) -> int:
+        """The numbers; the sum is asked at the last."""
+        return size
 
-    def episodes(self, generator: torch.Generator, batch: int, setting: int) -> Episodes:
-        """`batch` episodes of one number of numbers."""
-        return self._lay_out(generator, torch.full((batch,), setting), setting)
-
-    def _lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+    def lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+        """Random numbers, two of them marked, and their sum."""
         sizes, half = sizes[:, None], sizes[:, None] // 2
         uniform = torch.rand(len(sizes), length + 2, generator=generator)
         numbers = uniform[:, :length] * (torch.arange(length) < sizes)
@@ -76,8 +69,7 @@ class Adding(Episodic):
 
     def describe(self) -> str:
         """What an episode holds and what is evaluated; one line each."""
-        tested = ", ".join(str(n) for n in self.settings.values())
         return (
             f"train: {self.shortest} to {self.longest} numbers between 0 and 1, then the sum of the two marked ones\n"
-            f"evaluation: {self.examples} episodes each of {tested} numbers, seed {self.seed}"
+            f"{self.evaluated()}"
         )

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from metamem.registry import TASKS
 from metamem.targets import IGNORE
-from metamem.tasks.episodic import Episodes, Episodic, check_length, check_range, draw
+from metamem.tasks.episodic import Episodes, OfLengths
 from metamem.tasks.text import TaskError
 
 
 @TASKS.register("argmax")
-class Argmax(Episodic):
+class Argmax(OfLengths):
     """The key of the largest number.
 
     Args:
@@ -30,6 +30,8 @@ class Argmax(Episodic):
     Raises `TaskError` for settings that cannot be, and where a sequence is too short for the longest episode.
     """
 
+    activity, items = "the argmax of", "pairs"
+
     def __init__(
         self,
         *,
@@ -39,26 +41,18 @@ class Argmax(Episodic):
         examples: int = 256,
         seed: int = 0,
     ) -> None:
-        self.shortest, self.longest = check_range("lengths", lengths)
-        most = max((self.longest, *tested))
-        if min((1, *tested)) < 1 or symbols < max(most, 2):
-            raise TaskError(
-                f"tested must be at least 1, and symbols at least 2 and the most pairs of an episode, {most}, not "
-                f"{list(tested)} and {symbols}"
-            )
-        super().__init__({f"length-{n}": n for n in dict.fromkeys((self.longest, *tested))}, examples, seed)
+        super().__init__(lengths, tested, examples, seed)
+        most = max(self.settings.values())
+        if symbols < max(most, 2):
+            raise TaskError(f"symbols must be at least 2 and the most pairs of an episode, {most}, not {symbols}")
         self.symbols, self.vocabulary = symbols, 2 * symbols + 1
 
-    def sample(self, generator: torch.Generator, batch: int, length: int) -> Episodes:
-        """`batch` episodes, each of its own number of pairs; after its `?` come more of them, not asked."""
-        check_length(2 * self.longest + 1, length, f"the argmax of {self.longest} numbers")
-        return self._lay_out(generator, draw(generator, batch, self.shortest, self.longest), length)
+    def positions(self, size: int) -> int:
+        """The pairs, and `?`."""
+        return 2 * size + 1
 
-    def episodes(self, generator: torch.Generator, batch: int, setting: int) -> Episodes:
-        """`batch` episodes of one number of pairs."""
-        return self._lay_out(generator, torch.full((batch,), setting), 2 * setting + 1)
-
-    def _lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+    def lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+        """Random pairs; after the `?` of an episode come more of them, not asked."""
         place, batch = torch.arange(length), len(sizes)
         keys, numbers = (torch.rand(batch, self.symbols, generator=generator).argsort(-1) for _ in range(2))
         shown = torch.arange(self.symbols) < sizes[:, None]
@@ -72,8 +66,7 @@ class Argmax(Episodic):
 
     def describe(self) -> str:
         """What an episode holds and what is evaluated; one line each."""
-        tested = ", ".join(str(n) for n in self.settings.values())
         return (
             f"train: {self.shortest} to {self.longest} keys with a number each, of {self.symbols}; then the key of the "
-            f"largest\nevaluation: {self.examples} episodes each of {tested} pairs, seed {self.seed}"
+            f"largest\n{self.evaluated()}"
         )

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from metamem.registry import TASKS
 from metamem.targets import IGNORE, accuracy
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.text import TaskError
 
 Episodes = tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]
-EVALUATION = 1_000_003  # far from any seed of a training: what is evaluated on was not trained on
 BATCH = 64  # episodes evaluated at once
 
 
@@ -90,7 +90,7 @@ class AssociativeRecall:
 
     def evaluation(self, pairs: int, length: int) -> Episodes:
         """The evaluation set of a number of pairs."""
-        generator = torch.Generator().manual_seed(EVALUATION + 1000 * self.seed + pairs)
+        generator = evaluation_generator(1000 * self.seed + pairs)
         return self.episodes(generator, self.examples, length, pairs)
 
     def evaluate(self, predict: Callable[[Tensor, Tensor], Tensor], length: int) -> dict[str, float]:

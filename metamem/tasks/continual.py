@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from metamem.registry import TASKS
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.sources import load_source
 from metamem.tasks.text import VOCABULARY, TaskError, sample_windows
 
 Episodes = tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]
-EVALUATION = 1_000_003  # far from any seed of a training
 LETTERS = 26
 
 
@@ -67,7 +67,7 @@ class Continual:
             raise TaskError(f"{spellings} spellings of {list(sources)} are no sequence of different tasks; name more")
         self.sources, self.spellings, self.steps_per_task = tuple(sources), spellings, steps_per_task
         self.examples, self.seed = examples, seed
-        generator = torch.Generator().manual_seed(EVALUATION + 1000 * seed)
+        generator = evaluation_generator(1000 * seed)
         texts = [load_source(name) for name in self.sources]
         self.tasks = [
             (_respelled(text.train, spelling), _respelled(text.held_out, spelling))
@@ -92,7 +92,7 @@ class Continual:
         """Bits per byte on held-out windows of each task, also of those not met yet: `bits_per_byte/task-0`."""
         found = {}
         for number, (_, held_out) in enumerate(self.tasks):
-            generator = torch.Generator().manual_seed(EVALUATION + 1000 * self.seed)
+            generator = evaluation_generator(1000 * self.seed)
             inputs, targets = sample_windows(held_out, generator, self.examples, length)
             logits = predict(inputs, targets)
             loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -15,12 +15,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from metamem.registry import TASKS
-from metamem.tasks.episodic import Episodes, Episodic, check_length, check_range, draw
+from metamem.tasks.episodic import Episodes, OfLengths
 from metamem.tasks.text import TaskError
 
 
 @TASKS.register("copy")
-class Copy(Episodic):
+class Copy(OfLengths):
     """Copying bit vectors.
 
     Args:
@@ -34,6 +34,8 @@ class Copy(Episodic):
     Raises `TaskError` for settings that cannot be, and where a sequence is too short for the longest episode.
     """
 
+    activity, items = "copying", "vectors"
+
     def __init__(
         self,
         *,
@@ -44,12 +46,9 @@ class Copy(Episodic):
         examples: int = 128,
         seed: int = 0,
     ) -> None:
-        self.shortest, self.longest = check_range("lengths", lengths)
-        if width < 1 or curriculum < 0 or min((1, *tested)) < 1:
-            raise TaskError(
-                f"width and tested must be at least 1 and curriculum 0, not {width}, {list(tested)} and {curriculum}"
-            )
-        super().__init__({f"length-{n}": n for n in dict.fromkeys((self.longest, *tested))}, examples, seed)
+        super().__init__(lengths, tested, examples, seed)
+        if width < 1 or curriculum < 0:
+            raise TaskError(f"width must be at least 1 and curriculum 0, not {width} and {curriculum}")
         self.width, self.curriculum = width, curriculum
         self.dim_in, self.dim_out = width + 2, width
 
@@ -60,15 +59,14 @@ class Copy(Episodic):
 
     def sample(self, generator: torch.Generator, batch: int, length: int, task: int | None = None) -> Episodes:
         """`batch` episodes, each of its own number of vectors, of those that stage `task` has."""
-        check_length(2 * self.longest + 2, length, f"copying {self.longest} vectors")
-        longest = self.longest if task is None else self.shortest + task
-        return self._lay_out(generator, draw(generator, batch, self.shortest, longest), length)
+        return self.drawn(generator, batch, length, self.longest if task is None else self.shortest + task)
 
-    def episodes(self, generator: torch.Generator, batch: int, setting: int) -> Episodes:
-        """`batch` episodes of one number of vectors."""
-        return self._lay_out(generator, torch.full((batch,), setting), 2 * setting + 2)
+    def positions(self, size: int) -> int:
+        """The start, the vectors, the recall, and the vectors again."""
+        return 2 * size + 2
 
-    def _lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+    def lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+        """Random vectors, and the same after the recall."""
         place, sizes = torch.arange(length), sizes[:, None]
         shown = (place >= 1) & (place <= sizes)
         wanted = (place >= sizes + 2) & (place <= 2 * sizes + 1)
@@ -84,8 +82,7 @@ class Copy(Episodic):
     def describe(self) -> str:
         """What an episode holds and what is evaluated; one line each."""
         grows = f", one longer every {self.curriculum} steps" if self.curriculum else ""
-        tested = ", ".join(str(n) for n in self.settings.values())
         return (
             f"train: {self.shortest} to {self.longest} vectors of {self.width} bits, then the same again{grows}\n"
-            f"evaluation: {self.examples} episodes each of {tested} vectors, seed {self.seed}"
+            f"{self.evaluated()}"
         )

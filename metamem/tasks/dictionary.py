@@ -18,10 +18,10 @@ from torch import Tensor
 
 from metamem.registry import TASKS
 from metamem.targets import IGNORE, accuracy
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.text import TaskError
 
 Episodes = tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]
-EVALUATION = 1_000_003  # far from any seed of a training: what is evaluated on was not trained on
 BATCH = 64  # episodes evaluated at once
 
 
@@ -93,7 +93,7 @@ class Dictionary:
 
     def evaluation(self, pairs: int, word: int) -> Episodes:
         """The evaluation set of a number of pairs, with as many questions."""
-        generator = torch.Generator().manual_seed(EVALUATION + 1000 * self.seed + 100 * word + pairs)
+        generator = evaluation_generator(1000 * self.seed + 100 * word + pairs)
         return self.episodes(generator, self.examples, 4 * pairs * word, pairs, word)
 
     def evaluate(self, predict: Callable[[Tensor, Tensor], Tensor], length: int | None = None) -> dict[str, float]:

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from metamem.registry import TASKS
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.kalman import Filtered, kalman_filter
 from metamem.tasks.text import TaskError
 
 Episodes = tuple[Float[Tensor, "batch length inputs"], Float[Tensor, "batch length rows"]]
 HALF_LIVES = (20.0, 20.0, 200.0, 200.0, 2000.0, 2000.0, None, None)
-EVALUATION = 1_000_003  # far from any seed of a training: what is evaluated on was not trained on
 
 
 class Regression(NamedTuple):
@@ -111,7 +111,7 @@ class Drift:
     @cached_property
     def evaluation(self) -> Regression:
         """The evaluation streams."""
-        generator = torch.Generator().manual_seed(EVALUATION + 1000 * self.seed)
+        generator = evaluation_generator(1000 * self.seed)
         return self.draw(generator, self.examples, self.stream)
 
     @cached_property

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from metamem.targets import Targets, asked
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.text import TaskError
 
 Inputs: TypeAlias = Int[Tensor, "batch length"] | Float[Tensor, "batch length inputs"]
 Episodes: TypeAlias = tuple[Inputs, Targets]
-EVALUATION = 1_000_003  # far from any seed of a training: what is evaluated on was not trained on
 BATCH = 64  # episodes evaluated at once
 
 
@@ -42,7 +42,7 @@ class Episodic(ABC):
     def evaluation(self, name: str) -> Episodes:
         """The evaluation episodes of a setting."""
         number = list(self.settings).index(name)
-        generator = torch.Generator().manual_seed(EVALUATION + 1000 * self.seed + number)
+        generator = evaluation_generator(1000 * self.seed + number)
         return self.episodes(generator, self.examples, self.settings[name])
 
     def evaluate(self, predict: Callable[[Tensor, Tensor], Tensor], length: int | None = None) -> dict[str, float]:
@@ -63,6 +63,48 @@ class Episodic(ABC):
         """Of the answers that are asked: `accuracy`, the share right; `exact`, the share of episodes without an error;
         `bits`, −log₂ p of all that an episode asks."""
         return measure(predictions, targets)
+
+
+class OfLengths(Episodic):
+    """A task whose episodes have a number of items: from the fewest to the most of `lengths` in training; evaluated are
+    the most of training and each of `tested`. `activity` and `items`: what an episode asks, and of what, in words."""
+
+    activity: str
+    items: str
+
+    def __init__(
+        self, lengths: tuple[int, int], tested: tuple[int, ...], examples: int, seed: int, least: int = 1
+    ) -> None:
+        self.shortest, self.longest = check_range("lengths", lengths, least)
+        if min((least, *tested)) < least:
+            raise TaskError(f"tested must be at least {least}, not {list(tested)}")
+        super().__init__({f"length-{n}": n for n in dict.fromkeys((self.longest, *tested))}, examples, seed)
+
+    @abstractmethod
+    def positions(self, size: int) -> int:
+        """How long an episode of `size` items is."""
+
+    @abstractmethod
+    def lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+        """Episodes of as many items as `sizes` says, each in `length` positions."""
+
+    def sample(self, generator: torch.Generator, batch: int, length: int) -> Episodes:
+        """`batch` episodes, each of its own number of items."""
+        return self.drawn(generator, batch, length, self.longest)
+
+    def drawn(self, generator: torch.Generator, batch: int, length: int, most: int) -> Episodes:
+        """`batch` episodes of up to `most` items. Raises TaskError where the longest of training does not fit."""
+        check_length(self.positions(self.longest), length, f"{self.activity} {self.longest} {self.items}")
+        return self.lay_out(generator, draw(generator, batch, self.shortest, most), length)
+
+    def episodes(self, generator: torch.Generator, batch: int, setting: int) -> Episodes:
+        """`batch` episodes of one number of items."""
+        return self.lay_out(generator, torch.full((batch,), setting), self.positions(setting))
+
+    def evaluated(self) -> str:
+        """What is evaluated; one line."""
+        tested = ", ".join(str(n) for n in self.settings.values())
+        return f"evaluation: {self.examples} episodes each of {tested} {self.items}, seed {self.seed}"
 
 
 def measure(predictions: Tensor, targets: Tensor) -> dict[str, float]:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from metamem.registry import TASKS
 from metamem.targets import IGNORE
-from metamem.tasks.episodic import Episodes, Episodic, check_length, check_range, draw
+from metamem.tasks.episodic import Episodes, OfLengths
 from metamem.tasks.text import TaskError
 
 
 @TASKS.register("sort")
-class Sort(Episodic):
+class Sort(OfLengths):
     """Sorting numbers.
 
     Args:
@@ -30,6 +30,8 @@ class Sort(Episodic):
     Raises `TaskError` for settings that cannot be, and where a sequence is too short for the longest episode.
     """
 
+    activity, items = "sorting", "numbers"
+
     def __init__(
         self,
         *,
@@ -39,22 +41,17 @@ class Sort(Episodic):
         examples: int = 256,
         seed: int = 0,
     ) -> None:
-        self.shortest, self.longest = check_range("lengths", lengths)
-        if symbols < 2 or min((1, *tested)) < 1:
-            raise TaskError(f"symbols must be at least 2 and tested 1, not {symbols} and {list(tested)}")
-        super().__init__({f"length-{n}": n for n in dict.fromkeys((self.longest, *tested))}, examples, seed)
+        super().__init__(lengths, tested, examples, seed)
+        if symbols < 2:
+            raise TaskError(f"symbols must be at least 2, not {symbols}")
         self.symbols, self.vocabulary = symbols, symbols + 2
 
-    def sample(self, generator: torch.Generator, batch: int, length: int) -> Episodes:
-        """`batch` episodes, each of its own number of numbers."""
-        check_length(2 * self.longest, length, f"sorting {self.longest} numbers")
-        return self._lay_out(generator, draw(generator, batch, self.shortest, self.longest), length)
+    def positions(self, size: int) -> int:
+        """The numbers, and the numbers again."""
+        return 2 * size
 
-    def episodes(self, generator: torch.Generator, batch: int, setting: int) -> Episodes:
-        """`batch` episodes of one number of numbers."""
-        return self._lay_out(generator, torch.full((batch,), setting), 2 * setting)
-
-    def _lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+    def lay_out(self, generator: torch.Generator, sizes: Int[Tensor, "batch"], length: int) -> Episodes:
+        """Random numbers, and what is sorted of them."""
         place, sizes, (mark, blank) = torch.arange(length), sizes[:, None], (self.symbols, self.symbols + 1)
         shown, wanted = place < sizes, (place >= sizes) & (place < 2 * sizes)
         numbers = torch.randint(self.symbols, shown.shape, generator=generator)
@@ -67,8 +64,7 @@ class Sort(Episodic):
 
     def describe(self) -> str:
         """What an episode holds and what is evaluated; one line each."""
-        tested = ", ".join(str(n) for n in self.settings.values())
         return (
             f"train: {self.shortest} to {self.longest} numbers of {self.symbols}, then the same in ascending order\n"
-            f"evaluation: {self.examples} episodes each of {tested} numbers, seed {self.seed}"
+            f"{self.evaluated()}"
         )

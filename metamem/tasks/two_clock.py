@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from metamem.registry import TASKS
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.sources import load_source
 from metamem.tasks.text import VOCABULARY, TaskError
 
 Episodes = tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]
-EVALUATION = 1_000_003  # far from any seed of a training
 SPACE, NEWLINE = 32, 10
 
 
@@ -126,7 +126,7 @@ class TwoClock:
 
         `predict` gives the logits for (inputs, targets) of whole streams in one call, whatever `length` says.
         """
-        generator = torch.Generator().manual_seed(EVALUATION + 1000 * self.seed)
+        generator = evaluation_generator(1000 * self.seed)
         drawn = self.draw(generator, self.held_out, self.examples, self.stream + 1)
         inputs, targets = drawn.bytes[:, :-1], drawn.bytes[:, 1:]
         logits = predict(inputs, targets)

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metamem.episodes.level import Episode
 from metamem.episodes.registry import EPISODES
-from metamem.episodes.tasks.few_shot import EVALUATION, accuracy, check_sizes, episode
+from metamem.episodes.tasks.few_shot import FewShot
 from metamem.tasks.text import TaskError
 
 
 @EPISODES.register("digits")
-class Digits:
+class Digits(FewShot):
     """`ways` digits to tell apart from `shots` examples of each; those of `evaluated` are never trained on."""
 
     def __init__(
@@ -24,32 +23,18 @@ class Digits:
         if unknown or not evaluated:
             raise TaskError(f"evaluated must be digits of 0 to 9, not {list(evaluated)}")
         trained = [digit for digit in range(10) if digit not in evaluated]
-        check_sizes(ways, shots, query, min(len(trained), len(set(evaluated))), "to train on, or to evaluate on")
-        self.ways, self.shots, self.query = ways, shots, query
-        self.trained, self.evaluated = torch.tensor(trained), torch.tensor(sorted(set(evaluated)))
+        super().__init__(ways, shots, query, torch.tensor(trained), torch.tensor(sorted(set(evaluated))))
         images, labels = load()
         self.images = [images[labels == digit] for digit in range(10)]
         if shots + query > (fewest := min(map(len, self.images))):
             raise TaskError(f"shots and query are {shots + query} examples of a digit, and there are {fewest}")
 
-    def sample(self, generator: torch.Generator, tasks: int) -> Episode:
-        """Tasks over the digits that are trained on."""
-        return episode(generator, self.trained, self._draw, tasks, self.ways, self.shots, self.query)
-
-    def evaluation(self, tasks: int, seed: int = 0) -> Episode:
-        """Tasks over the others."""
-        generator = torch.Generator().manual_seed(EVALUATION + seed)
-        return episode(generator, self.evaluated, self._draw, tasks, self.ways, self.shots, self.query)
-
-    def _draw(self, generator: torch.Generator, classes: Tensor, examples: int) -> Tensor:
+    def draw(self, generator: torch.Generator, classes: Tensor, examples: int) -> Tensor:
+        """Random images of each digit, no image twice."""
         rows = []
         for digit in classes.tolist():
             rows.append(self.images[digit][torch.randperm(len(self.images[digit]), generator=generator)[:examples]])
         return torch.stack(rows)
-
-    def measure(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The accuracy."""
-        return accuracy(pred, target)
 
     def describe(self) -> str:
         """The setting."""

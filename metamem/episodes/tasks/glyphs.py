@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metamem.episodes.level import Episode
 from metamem.episodes.registry import EPISODES
-from metamem.episodes.tasks.few_shot import EVALUATION, accuracy, check_sizes, episode
+from metamem.episodes.tasks.few_shot import FewShot
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.text import TaskError
 
 INSTALLED = Path("/usr/share/unifont/unifont.hex")
@@ -23,7 +23,7 @@ SIZE = 16
 
 
 @EPISODES.register("glyphs")
-class Glyphs:
+class Glyphs(FewShot):
     """`ways` characters to tell apart from `shots` examples of each; a fifth of all characters is never trained on.
 
     - `path`        the font's hex file
@@ -48,24 +48,14 @@ class Glyphs:
         if min(turn, shift, scale, flip) < 0 or scale >= 1 or flip >= 1:
             raise TaskError("turn, shift, scale and flip must be at least 0, scale and flip below 1")
         every = load(Path(path))
-        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(EVALUATION))[:characters]
+        order = torch.randperm(len(every), generator=evaluation_generator())[:characters]
         self.bitmaps = every[order]
-        count = len(order)
-        self.evaluated, self.trained = torch.arange(count // 5), torch.arange(count // 5, count)
-        check_sizes(ways, shots, query, len(self.evaluated), "to evaluate on")
-        self.ways, self.shots, self.query = ways, shots, query
+        evaluated, trained = torch.arange(len(order)).tensor_split([len(order) // 5])
+        super().__init__(ways, shots, query, trained, evaluated)
         self.turn, self.shift, self.scale, self.flip = turn, shift, scale, flip
 
-    def sample(self, generator: torch.Generator, tasks: int) -> Episode:
-        """Tasks over the characters that are trained on."""
-        return episode(generator, self.trained, self._draw, tasks, self.ways, self.shots, self.query)
-
-    def evaluation(self, tasks: int, seed: int = 0) -> Episode:
-        """Tasks over the others."""
-        generator = torch.Generator().manual_seed(EVALUATION + seed)
-        return episode(generator, self.evaluated, self._draw, tasks, self.ways, self.shots, self.query)
-
-    def _draw(self, generator: torch.Generator, classes: Tensor, examples: int) -> Tensor:
+    def draw(self, generator: torch.Generator, classes: Tensor, examples: int) -> Tensor:
+        """Each character's bitmap, distorted anew for every example."""
         bitmaps = self.bitmaps[classes].repeat_interleave(examples, 0)
         count = len(bitmaps)
 
@@ -80,10 +70,6 @@ class Glyphs:
         images = functional.grid_sample(bitmaps[:, None], grid, align_corners=False)
         flipped = torch.rand(images.shape, generator=generator) < self.flip
         return torch.where(flipped, 1 - images, images).unflatten(0, (len(classes), examples))
-
-    def measure(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The accuracy."""
-        return accuracy(pred, target)
 
     def describe(self) -> str:
         """The setting."""

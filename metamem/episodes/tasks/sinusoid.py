@@ -11,9 +11,9 @@ from torch import Tensor
 
 from metamem.episodes.level import Batch, Episode
 from metamem.episodes.registry import EPISODES
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.text import TaskError
 
-EVALUATION = 1_000_003  # far from any seed of a training: what is evaluated on was not trained on
 PHASE = (0.0, math.pi)
 X = (-5.0, 5.0)
 
@@ -74,7 +74,7 @@ class Sinusoid:
 
     def evaluation(self, tasks: int, seed: int = 0) -> Episode:
         """Tasks that are asked at 100 points each."""
-        return self.sample(torch.Generator().manual_seed(EVALUATION + seed), tasks, query=100)
+        return self.sample(evaluation_generator(seed), tasks, query=100)
 
     def measure(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The mean squared error."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metamem.episodes.level import Batch, Episode
 from metamem.episodes.registry import EPISODES
-from metamem.episodes.tasks.few_shot import EVALUATION
+from metamem.tasks.evaluation import evaluation_generator
 from metamem.tasks.text import TaskError
 
 City = Literal["seattle", "sf"]
@@ -52,7 +52,7 @@ class Temperatures:
 
     def evaluation(self, tasks: int, seed: int = 0) -> Episode:
         """Stretches of the other."""
-        return self._stretches(self.evaluated, torch.Generator().manual_seed(EVALUATION + seed), tasks)
+        return self._stretches(self.evaluated, evaluation_generator(seed), tasks)
 
     def _stretches(self, of: Batch, generator: torch.Generator, tasks: int) -> Episode:
         length = self.shots + self.query
