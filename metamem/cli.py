@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from metamem.config import AdaptConfig, Config, UserError, load_config, ownership, resolve_objectives
+from metamem.config import AdaptConfig, Config, RunConfig, UserError, load_config, ownership, resolve_objectives
 from metamem.episodes.schema import is_episodes, load_episodes
 from metamem.launch import first, refuse_many, wait_to_be_ended
 from metamem.out_of_memory import told_in_a_line
@@ -317,14 +317,10 @@ def check(
 
     model = importlib.import_module("metamem.network").build(resolved)
     task = build_task(resolved)
-    parameters = dict(model.named_parameters())
-    owned = ownership(parameters, resolved.hierarchy)
+    owned = ownership(dict(model.named_parameters()), resolved.hierarchy)
     calendar = calendar_of(resolved, task)
     inner_loop(resolved, model)
-    # Piped, the width is unknown, and 80 columns would break the names that one greps for.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(tables.network_tree(model, resolved.name))
-    console.print(tables.hierarchy_table(resolved, owned, {name: p.numel() for name, p in parameters.items()}))
+    console = _show_model(model, resolved, owned)
     if resolved.hierarchy.router is not None:
         routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
         console.print(tables.router_table(resolved.hierarchy.router, routers))
@@ -343,18 +339,26 @@ def check(
         typer.echo(f"the network is drawn in {graph}")
 
 
-def _check_episodes(path: Path, overrides: list[str] | None) -> None:
+def _show_model(model: Any, config: RunConfig, owned: dict[str, list[str]]) -> Console:
+    """Prints the modules and the hierarchy over their weights; gives where to print on."""
     from metamem.config import tables
+
+    # Piped, the width is unknown, and 80 columns would break the names that one greps for.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(tables.network_tree(model, config.name))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    console.print(tables.hierarchy_table(config, owned, sizes))
+    return console
+
+
+def _check_episodes(path: Path, overrides: list[str] | None) -> None:
     from metamem.episodes.training import build_episodes, build_learner, outer_levels
 
     resolved = load_episodes(path, overrides or [])
     learner = build_learner(resolved)
     outer_levels(resolved, learner)
-    parameters = dict(learner.named_parameters())
-    owned = ownership(parameters, resolved.hierarchy)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(tables.network_tree(learner, resolved.name))
-    console.print(tables.hierarchy_table(resolved, owned, {name: p.numel() for name, p in parameters.items()}))
+    owned = ownership(dict(learner.named_parameters()), resolved.hierarchy)
+    console = _show_model(learner, resolved, owned)
     inner, training = resolved.inner, resolved.training
     console.print(f"{inner.steps} inner updates by the engine {inner.engine!r}; {training.steps:,} outer steps over")
     console.print(f"{training.batch} tasks each: {build_episodes(resolved).describe()}", highlight=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metamem.config.errors import UserError, show
+from metamem.config.plain import is_mapping
 
 Check = Callable[[Any], bool]
 
@@ -50,7 +51,7 @@ def _text(path: Path) -> str:
 
 
 def _checked(value: Any, place: str, what: str, parts: Mapping[str, Check]) -> dict[str, Any]:
-    if not isinstance(value, dict):
+    if not is_mapping(value):
         raise UserError(f"{place}: not {what}: it is {show(value)}")
     for name, check in parts.items():
         if name not in value:
@@ -73,11 +74,6 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether it is a number; null stands for one that was not finite."""
     return value is None or isinstance(value, int | float)
-
-
-def is_mapping(value: Any) -> bool:
-    """Whether it is an object."""
-    return isinstance(value, dict)
 
 
 def are_numbers(value: Any) -> bool:

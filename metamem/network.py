@@ -36,15 +36,8 @@ from metamem.state import State, Stateful
 MODULES.register("fast_weights")(FastWeights)
 MODULES.register("mnm")(MNM)
 
-TAKEN = (
-    "training",
-    "names",
-    "steps",
-    "dims",
-    "dim_in",
-    "dim_out",
-    "inner_rates",
-)  # names of a Network's own attributes
+# Names of a Network's own attributes.
+TAKEN = ("training", "names", "steps", "dims", "dim_in", "dim_out", "inner_rates")
 
 
 def build(config: Config) -> Network:

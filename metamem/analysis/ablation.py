@@ -26,6 +26,7 @@ from metamem.analysis.launchers import Launcher, Local, Sweep
 from metamem.analysis.plan import Cell, Plan
 from metamem.analysis.results import DiskFull, Result, ResultsFile, read_results
 from metamem.analysis.search import search_cells
+from metamem.atomic import replacing
 from metamem.config import to_dict, to_yaml
 from metamem.training.run_folder import new_folder
 
@@ -186,9 +187,8 @@ def describe(plan: Plan, folder: Path, cells: Sequence[Cell]) -> None:
         "search": None if plan.search is None else to_dict(plan.search.settings),
         "config": to_yaml(first.config),
     }
-    partial = folder / f"{PLAN}.partial"
-    partial.write_text(json.dumps(described, indent=1, default=str))
-    partial.replace(folder / PLAN)
+    with replacing(folder / PLAN) as partial:
+        partial.write_text(json.dumps(described, indent=1, default=str))
 
 
 def _as_cell(result: Result, cell: Cell) -> Result:

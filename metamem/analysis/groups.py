@@ -15,7 +15,8 @@ from metamem.analysis.cell import run_rows
 from metamem.analysis.results import Result, read_results
 from metamem.analysis.statistics import Interval, interval
 from metamem.config import UserError, to_dict, to_yaml
-from metamem.json_files import Check, is_mapping, is_text, is_whole, list_of, or_null, read_json
+from metamem.config.plain import is_mapping
+from metamem.json_files import Check, is_text, is_whole, list_of, or_null, read_json
 from metamem.training.run_folder import CONFIG, METRICS, run_config
 
 OPTIMUM = "optimum"  # a metric of this name, or `optimum/<metric>`, is the best that can be had

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from metamem.analysis.plan import Cell
 from metamem.config import UserError
-from metamem.json_files import Check, are_numbers, is_mapping, is_text, is_whole, or_null, read_rows
+from metamem.config.plain import is_mapping
+from metamem.json_files import Check, are_numbers, is_text, is_whole, or_null, read_rows
 
 RESULTS, RESERVE = "rows.jsonl", "reserve"
 BEGINNING = b'{"cell"'  # of a line

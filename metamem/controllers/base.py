@@ -29,6 +29,14 @@ class Controller(Stateful):
         return h, after
 
 
+def width_of(dim: int, hidden: int | None, layers: int) -> int:
+    """The width of h: `hidden`, or that of the input. Raises ValueError for sizes below 1."""
+    hidden = dim if hidden is None else hidden
+    if min(dim, hidden, layers) < 1:
+        raise ValueError(f"dim, hidden and layers must be at least 1, not {dim}, {hidden}, {layers}")
+    return hidden
+
+
 def read_out(hidden: int, dim: int, project: bool) -> nn.Module:
     """From h to what a controller gives: a linear map back to the width of the input, or h itself."""
     return nn.Linear(hidden, dim, bias=False) if project else nn.Identity()

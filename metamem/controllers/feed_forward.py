@@ -11,7 +11,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metamem.controllers.base import Controller
+from metamem.controllers.base import Controller, width_of
 from metamem.memory.activations import ACTIVATIONS
 from metamem.registry import MODULES
 from metamem.state import State
@@ -29,9 +29,7 @@ class FeedForward(Controller):
         activation: Literal["silu", "gelu", "tanh", "relu"] = "tanh",
     ) -> None:
         super().__init__()
-        hidden = dim if hidden is None else hidden
-        if min(dim, layers, hidden) < 1:
-            raise ValueError(f"dim, hidden and layers must be at least 1, not {dim}, {hidden}, {layers}")
+        hidden = width_of(dim, hidden, layers)
         self.dim_in, self.dim_out, self.activation = dim, hidden, activation
         self.layers = nn.ModuleList(nn.Linear(dim if layer == 0 else hidden, hidden) for layer in range(layers))
 

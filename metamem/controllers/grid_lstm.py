@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metamem.controllers.base import Controller, read_out
+from metamem.controllers.base import Controller, read_out, width_of
 from metamem.registry import MODULES
 from metamem.state import State
 
@@ -50,9 +50,7 @@ class GridLSTM(Controller):
         priority: bool = False,
     ) -> None:
         super().__init__()
-        hidden = dim if hidden is None else hidden
-        if min(dim, layers, hidden) < 1:
-            raise ValueError(f"dim, hidden and layers must be at least 1, not {dim}, {hidden}, {layers}")
+        hidden = width_of(dim, hidden, layers)
         self.hidden, self.layers, self.priority = hidden, layers, priority
         self.input = nn.Linear(dim, 2 * hidden)
         self.blocks = nn.ModuleList(nn.Linear(2 * hidden, 8 * hidden) for _ in range(1 if tied else layers))

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metamem.controllers.base import Controller, read_out
+from metamem.controllers.base import Controller, read_out, width_of
 from metamem.registry import MODULES
 from metamem.state import State
 
@@ -30,11 +30,10 @@ class GRU(Controller):
 
     def __init__(self, dim: int, hidden: int | None = None, layers: int = 1, project: bool = True) -> None:
         super().__init__()
-        if min(dim, layers, 1 if hidden is None else hidden) < 1:
-            raise ValueError(f"dim, hidden and layers must be at least 1, not {dim}, {hidden}, {layers}")
-        self.layers = nn.GRU(dim, hidden or dim, layers, batch_first=True)
-        self.output = read_out(hidden or dim, dim, project)
-        self.dim_in, self.dim_out = dim, dim if project else hidden or dim
+        hidden = width_of(dim, hidden, layers)
+        self.layers = nn.GRU(dim, hidden, layers, batch_first=True)
+        self.output = read_out(hidden, dim, project)
+        self.dim_in, self.dim_out = dim, dim if project else hidden
 
     def init_state(self, batch: int) -> State:
         """h = 0."""

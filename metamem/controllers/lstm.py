@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metamem.controllers.base import Controller, read_out
+from metamem.controllers.base import Controller, read_out, width_of
 from metamem.registry import MODULES
 from metamem.state import State
 
@@ -58,12 +58,11 @@ class LSTM(Controller):
         schedule: Literal["layers", "tokens", "wavefront"] = "layers",
     ) -> None:
         super().__init__()
-        if min(dim, layers, 1 if hidden is None else hidden) < 1:
-            raise ValueError(f"dim, hidden and layers must be at least 1, not {dim}, {hidden}, {layers}")
+        hidden = width_of(dim, hidden, layers)
         self.schedule = schedule
-        self.layers = nn.LSTM(dim, hidden or dim, layers, batch_first=True)
-        self.output = read_out(hidden or dim, dim, project)
-        self.dim_in, self.dim_out = dim, dim if project else hidden or dim
+        self.layers = nn.LSTM(dim, hidden, layers, batch_first=True)
+        self.output = read_out(hidden, dim, project)
+        self.dim_in, self.dim_out = dim, dim if project else hidden
 
     def init_state(self, batch: int) -> State:
         """h = c = 0."""

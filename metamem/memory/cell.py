@@ -29,9 +29,8 @@ from metamem.state import State, Stateful, align, tree_map
 
 Tokens = Callable[["MemoryCell", Tensor, State], tuple[Tensor, State, dict[str, Tensor]]]
 
-UNROLLED = (
-    5  # tokens of a compiled graph: they share what a call costs beside its kernels, and the wait grows with them
-)
+# Tokens of a compiled graph: they share what a call costs beside its kernels, and the wait grows with them.
+UNROLLED = 5
 
 
 class MemoryCellState(TypedDict):

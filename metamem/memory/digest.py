@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from metamem.memory.component import by_layer, in_order
 from metamem.memory.networks import Weights
 from metamem.memory.schedule import Rows
 from metamem.state import align
@@ -55,15 +56,14 @@ def fresh(init: Weights, batch: int, dim: int, groups: int) -> Digest:
 
 def to_state(digest: Digest) -> DigestState:
     """A digest as a state."""
-    weights = {str(layer): weight for layer, weight in enumerate(digest.weights)}
+    weights = by_layer(digest.weights)
     rest = {name: value for name, value in digest._asdict().items() if name != "weights"}
     return {"weights": weights, **rest}  # pyright: ignore[reportReturnType]
 
 
 def from_state(state: DigestState) -> Digest:
     """A state as a digest."""
-    weights = [state["weights"][str(layer)] for layer in range(len(state["weights"]))]
-    return Digest(**{**state, "weights": weights})
+    return Digest(**{**state, "weights": in_order(state["weights"])})
 
 
 def begin(digest: Digest, rows: Rows, now: Weights, chunk: int, by: tuple[int, int, int]) -> Digest:

@@ -19,6 +19,7 @@ Sharpness = Literal["softplus", "oneplus"]
 Slots = Float[Tensor, "batch slots word"]
 Keys = Float[Tensor, "batch heads word"]
 Weights = Float[Tensor, "batch heads slots"]
+Strengths = Float[Tensor, "batch heads"] | float  # β, learned or fixed
 
 EPSILON = 1e-6
 
@@ -48,12 +49,15 @@ def similarity_of(rows: Float[Tensor, "batch heads k word"], keys: Keys) -> Floa
     return (rows @ keys.unsqueeze(-1)).squeeze(-1) / (lengths + EPSILON)
 
 
-def content_weights(
-    memory: Slots, keys: Keys, strengths: Float[Tensor, "batch heads"] | float, top_k: int | None = None
-) -> Weights:
+def scores_of(alike: Float[Tensor, "batch heads _slots"], strengths: Strengths) -> Float[Tensor, "batch heads _slots"]:
+    """β d of each head."""
+    return alike * (strengths.unsqueeze(-1) if isinstance(strengths, Tensor) else strengths)
+
+
+def content_weights(memory: Slots, keys: Keys, strengths: Strengths, top_k: int | None = None) -> Weights:
     """softmax(β d) over all slots, or over the `top_k` most similar alone."""
     alike = similarity(memory, keys)
-    scores = alike * (strengths.unsqueeze(-1) if isinstance(strengths, Tensor) else strengths)
+    scores = scores_of(alike, strengths)
     if top_k is not None:
         scores = scores.masked_fill(~largest(alike.detach(), top_k), -torch.inf)
     return torch.softmax(scores, -1)

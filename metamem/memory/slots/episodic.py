@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from metamem.memory.slots import interface
-from metamem.memory.slots.content import Keys, similarity_of
+from metamem.memory.slots.content import Keys, Strengths, scores_of, similarity_of
 from metamem.memory.slots.gates import GATES
 from metamem.memory.slots.interface import Shapes, parts_of, strength_shapes
 from metamem.memory.slots.journal import add, clear, take
@@ -43,7 +42,7 @@ class EpisodicParts(NamedTuple):
     """A token's interface vector; `amount`: g."""
 
     queries: Keys
-    strengths: HeadGates | float
+    strengths: Strengths
     keys: Keys
     values: Keys
     amount: HeadGates | None
@@ -90,13 +89,12 @@ class EpisodicRule:
 
     def read(self, parts: EpisodicParts, state: State) -> tuple[Reads, State]:
         """The values of the nearest keys; zeros where nothing was written yet."""
-        word, k, strengths = self.options.word, self.options.k, parts.strengths
+        word, k = self.options.word, self.options.k
         seen = int(state["touched"].max()) + k
         slots = state["index"].search(state["words"][:, :seen, :word], parts.queries, k, state["touched"])
         rows, chain = take(state["words"], state["chain"], slots.flatten(1))
         keys, values = rows.unflatten(1, slots.shape[1:]).split(word, -1)
-        scores = similarity_of(keys, parts.queries)
-        scores = scores * (strengths.unsqueeze(-1) if isinstance(strengths, Tensor) else strengths)
+        scores = scores_of(similarity_of(keys, parts.queries), parts.strengths)
         there = slots < state["touched"][:, None, None]
         weights = torch.softmax(scores.masked_fill(~there, torch.finfo(scores.dtype).min), -1) * there
         if self.options.eviction == "least_recent":

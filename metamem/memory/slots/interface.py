@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metamem.memory.slots.content import SHARPNESS
+from metamem.memory.slots.content import SHARPNESS, Strengths
 from metamem.memory.slots.options import ReadOptions, SlotOptions
 
 Shapes = Mapping[str, tuple[int, ...]]  # part -> its shape: (heads, word) of keys, (heads,) of numbers
@@ -44,7 +44,7 @@ def strength_shapes(options: ReadOptions, heads: int) -> Shapes:
     return {"strengths": (heads,)} if isinstance(options.sharpness, str) else {}
 
 
-def strengths(options: ReadOptions, parts: Parts, heads: slice) -> Float[Tensor, "batch heads"] | float:
+def strengths(options: ReadOptions, parts: Parts, heads: slice) -> Strengths:
     """β of some heads: learned, or the constant."""
     if isinstance(options.sharpness, str):
         return SHARPNESS[options.sharpness](parts["strengths"][:, heads])

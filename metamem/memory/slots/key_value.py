@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from metamem.memory.slots import interface
-from metamem.memory.slots.content import Keys, Slots, Weights, content_weights
+from metamem.memory.slots.content import Keys, Slots, Strengths, Weights, content_weights
 from metamem.memory.slots.erase_add import written_to
 from metamem.memory.slots.gates import GATES
 from metamem.memory.slots.interface import Shapes, erase_shapes, parts_of, strength_shapes
@@ -39,8 +39,8 @@ class KeyValueParts(NamedTuple):
 
     read_keys: Keys
     write_keys: Keys
-    read_strengths: HeadGates | float
-    write_strengths: HeadGates | float
+    read_strengths: Strengths
+    write_strengths: Strengths
     erase: Keys | None
     values: Keys
     amount: HeadGates | None

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metamem.memory.slots import interface
-from metamem.memory.slots.content import Keys, Slots, Weights, content_weights, oneplus
+from metamem.memory.slots.content import Keys, Slots, Strengths, Weights, content_weights, oneplus
 from metamem.memory.slots.erase_add import written_to
 from metamem.memory.slots.gates import GATES
 from metamem.memory.slots.interface import Shapes, erase_shapes, parts_of, strength_shapes
@@ -62,7 +62,7 @@ class NTMHeads(NamedTuple):
     """What moves some heads."""
 
     keys: Keys
-    strengths: HeadGates | float
+    strengths: Strengths
     gate: HeadGates | None
     shifts: Float[Tensor, "batch heads shifts"]
     gamma: HeadGates | float

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metamem.memory.slots import interface
-from metamem.memory.slots.content import Keys, Slots, similarity_of
+from metamem.memory.slots.content import Keys, Slots, Strengths, scores_of, similarity_of
 from metamem.memory.slots.gates import GATES
 from metamem.memory.slots.interface import Parts, Shapes, parts_of, strength_shapes
 from metamem.memory.slots.journal import add, clear, take
@@ -57,7 +57,7 @@ class SAMParts(NamedTuple):
     """A token's interface vector; `share`: γ, `amount`: α."""
 
     keys: Keys
-    strengths: HeadGates | float
+    strengths: Strengths
     values: Keys
     share: HeadGates
     amount: HeadGates | None
@@ -129,8 +129,7 @@ class SAMRule:
 
     def by_content(self, parts: SAMParts, rows: Float[Tensor, "batch reads k word"]) -> ReadWeights:
         """The weights of what was found."""
-        alike, strengths = similarity_of(rows, parts.keys), parts.strengths
-        return torch.softmax(alike * (strengths.unsqueeze(-1) if isinstance(strengths, Tensor) else strengths), -1)
+        return torch.softmax(scores_of(similarity_of(rows, parts.keys), parts.strengths), -1)
 
     def moved(
         self, weights: ReadWeights, slots: ReadSlots, rows: Float[Tensor, "batch reads k word"], state: State

@@ -16,11 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metamem.memory.slots import interface
-from metamem.memory.slots.content import Keys, Slots, Weights, similarity
+from metamem.memory.slots.content import Keys, Slots, Strengths, Weights, scores_of, similarity
 from metamem.memory.slots.interface import Shapes, parts_of, strength_shapes
 from metamem.memory.slots.options import ReadOptions
 from metamem.memory.slots.slot_memory import Reads, SlotMemory, Vectors
-from metamem.memory.slots.usage import HeadGates
 from metamem.registry import MODULES
 from metamem.state import State
 
@@ -37,7 +36,7 @@ class WindowParts(NamedTuple):
     """A token's interface vector; `ages`: b."""
 
     keys: Keys
-    strengths: HeadGates | float
+    strengths: Strengths
     ages: Weights
     value: Float[Tensor, "batch word"]
 
@@ -72,9 +71,8 @@ class WindowRule:
 
     def read(self, parts: WindowParts, state: State) -> tuple[Reads, State]:
         """By content and by age; zeros where nothing was written yet."""
-        memory, strengths = state["memory"], parts.strengths
-        scores = similarity(memory, parts.keys)
-        scores = scores * (strengths.unsqueeze(-1) if isinstance(strengths, Tensor) else strengths) + parts.ages
+        memory = state["memory"]
+        scores = scores_of(similarity(memory, parts.keys), parts.strengths) + parts.ages
         ages = torch.arange(self.options.slots, device=memory.device)
         there = (ages < state["filled"].unsqueeze(1)).unsqueeze(1)
         least = torch.finfo(scores.dtype).min
