@@ -1,33 +1,21 @@
 """What the soak and the study of adaptation measure, on numbers written down."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from scripts import script
 
 from metamem import Session, build, load_config
-
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
-
-def module(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    sys.modules.pop(name, None)
-    yield importlib.import_module(name)
-    sys.modules.pop(name, None)
 
 
 @pytest.fixture
 def soak(monkeypatch):
-    yield from module("soak", monkeypatch)
+    yield from script("soak", monkeypatch)
 
 
 @pytest.fixture
 def study(monkeypatch):
-    yield from module("test_time_adaptation", monkeypatch)
+    yield from script("test_time_adaptation", monkeypatch)
 
 
 def test_the_worst_ratio_is_that_of_the_worst_window(soak):

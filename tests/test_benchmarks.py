@@ -1,30 +1,18 @@
 """Benchmarks measure what they say, of every preset that there is; how fast it is no test asks."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).parent.parent / "experiments" / "benchmarks"
-
-
-def module(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    sys.modules.pop(name, None)
-    yield importlib.import_module(name)
-    sys.modules.pop(name, None)
+from scripts import script
 
 
 @pytest.fixture
 def rules(monkeypatch):
-    yield from module("rules", monkeypatch)
+    yield from script("benchmarks/rules", monkeypatch)
 
 
 @pytest.fixture
 def slots(monkeypatch):
-    yield from module("slots", monkeypatch)
+    yield from script("benchmarks/slots", monkeypatch)
 
 
 def test_every_preset_is_measured_or_said_not_to_be(rules):

@@ -61,7 +61,7 @@ def quality(groups: Sequence[Group], metrics: Sequence[str], factor: str) -> Fig
                 points = [(x, group.metric(metric)) for x, group in line]
                 points = [(x, at) for x, at in points if at.count]
                 if points:
-                    _band(axis, [x for x, _ in points], [at for _, at in points], name, index)
+                    band(axis, [x for x, _ in points], [at for _, at in points], name, index)
                 table += [{"line": name, short: x, "metric": metric, **_row(at)} for x, at in points]
             _optimum(axis, optimum(groups, metric))
             axis.set_ylabel(metric)
@@ -169,7 +169,7 @@ def learning(groups: Sequence[Group]) -> Figure | None:
                     continue
                 steps, values = curve
                 at = [interval(column.tolist()) for column in values.T]
-                _band(axis, steps, at, group.name, index, marker="")
+                band(axis, steps, at, group.name, index, marker="")
                 table += [
                     {"cell": group.name, "level": name.removeprefix("loss/"), "step": int(step), **_row(mean)}
                     for step, mean in zip(steps, at, strict=True)
@@ -233,7 +233,8 @@ def _gain(group: Group, groups: Sequence[Group], metric: str) -> Interval:
     return interval([mine - all_of for mine, all_of in pairs if mine is not None and all_of is not None])
 
 
-def _band(axis: Any, x: Any, at: Sequence[Interval], label: str, index: int, **style: Any) -> None:
+def band(axis: Any, x: Any, at: Sequence[Interval], label: str, index: int, **style: Any) -> None:
+    """A line of means in the look of a number, and a band as wide as their intervals."""
     mean, reach = np.array([one.mean for one in at]), np.array([one.reach for one in at])
     axis.plot(x, mean, label=label, **(look(index) | style))
     if np.isfinite(reach).any():

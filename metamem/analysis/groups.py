@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ class Group:
         names = self.curves(prefix)
         several = len({name.rpartition("/")[0] for name in names}) > 1
         return {name: name if several else name.rpartition("/")[2] for name in names}
+
+    def level_curves(self, prefix: str) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+        """The curves of `levels`: name, what to call it, x, and y, a row a seed."""
+        for name, label in self.levels(prefix).items():
+            if (curve := self.curve(prefix + name)) is not None:
+                yield name, label, *curve
 
     @property
     def done(self) -> list[Result]:

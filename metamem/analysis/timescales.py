@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from metamem.analysis.figures import INTERVAL, Figure
+from metamem.analysis.figures import INTERVAL, Figure, band
 from metamem.analysis.groups import Group
 from metamem.analysis.spectrum import ALL, Decay, fit_half_life
 from metamem.analysis.statistics import interval
@@ -28,16 +28,9 @@ def level_norms(groups: Sequence[Group]) -> Figure | None:
         order = _stacked(len(shown))
         for (index, kind), axis in zip(order, axes, strict=True):
             group, name = shown[index], list(NORMS)[kind]
-            for number, (level, label) in enumerate(group.levels(f"{name}/").items()):
-                if (curve := group.curve(f"{name}/{level}")) is None:
-                    continue
-                tokens, values = curve
+            for number, (level, label, tokens, values) in enumerate(group.level_curves(f"{name}/")):
                 at = [interval(column.tolist()) for column in values.T]
-                mean, reach = (np.array([getattr(one, part) for one in at]) for part in ("mean", "reach"))
-                style = look(number) | {"marker": ""}
-                axis.plot(tokens, mean, label=label, **style)
-                if np.isfinite(reach).any():
-                    axis.fill_between(tokens, mean - reach, mean + reach, color=style["color"], alpha=0.15, linewidth=0)
+                band(axis, tokens, at, label, number, marker="")
                 table += [
                     {"cell": group.name, "level": level, "what": name, "token": int(t), "mean": one.mean}
                     | {"95 % reach": one.reach, "seeds": one.count}
@@ -96,10 +89,7 @@ def spectra(groups: Sequence[Group]) -> Figure | None:
         return None
     with panels(len(shown)) as (drawing, axes):
         for axis, group in zip(axes, shown, strict=True):
-            for number, (level, label) in enumerate(group.levels("spectrum/").items()):
-                if (curve := group.curve(f"spectrum/{level}")) is None:
-                    continue
-                lags, values = curve
+            for number, (level, label, lags, values) in enumerate(group.level_curves("spectrum/")):
                 mean = values.mean(0)
                 fit = level_half_life(group, level)
                 style = look(number)
@@ -153,10 +143,8 @@ def _life(fit: Decay) -> str:
 def _gate_rows(group: Group) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Labels, tokens, and the gates [row, token], a row for each group and level."""
     labels, rows, tokens = [], [], np.zeros(0)
-    for name, label in group.levels("gates/").items():
-        if (curve := group.curve(f"gates/{name}")) is None:
-            continue
-        tokens, values = curve  # values: [seeds, tokens, groups]
+    for _, label, at, values in group.level_curves("gates/"):  # values: [seeds, tokens, groups]
+        tokens = at
         for index, row in enumerate(values.mean(0).T):
             labels.append(f"{label} · group {index}")
             rows.append(row)

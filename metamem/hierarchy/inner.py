@@ -235,11 +235,9 @@ class InnerLoop:
 
     def _called(self, fast: Parameters, arguments: tuple[Tensor, State | None]) -> Out:
         """The network with these weights; its predictions in the type of the weights, which losses are computed in."""
-        if self.low is None:
-            return functional_call(self.network, fast, arguments) if fast else self.network(*arguments)
-        with torch.autocast(arguments[0].device.type, self.low):
+        with nullcontext() if self.low is None else torch.autocast(arguments[0].device.type, self.low):
             out = functional_call(self.network, fast, arguments) if fast else self.network(*arguments)
-        return out._replace(y=out.y.to(next(self.network.parameters()).dtype))
+        return out if self.low is None else out._replace(y=out.y.to(next(self.network.parameters()).dtype))
 
     def run(self, inputs: Num[Tensor, "batch time *dim"], targets: Num[Tensor, "batch time *features"]) -> Out:
         """The network over fresh sequences, the inner updates on the way, with the graph through them for an outer

@@ -57,6 +57,12 @@ class Memory(Stateful):
         return state
 
 
+def check_rows(carried: Tensor, x: Tensor) -> None:
+    """Raises ValueError where a tensor of a state has other rows than x: a single one would broadcast, silently."""
+    if carried.shape[0] != x.shape[0]:
+        raise ValueError(f"the state has {carried.shape[0]} rows, the input {x.shape[0]}")
+
+
 @contextmanager
 def writing(module: nn.Module, on: bool) -> Iterator[None]:
     """Within it, the memories of a module write or, switched off, only read."""

@@ -28,7 +28,7 @@ from metamem.memory.component import (
 from metamem.memory.dual import local_read
 from metamem.memory.networks import Network, Weights
 from metamem.memory.parts import gated
-from metamem.memory.plan import Key, Plan, cut, plan, signal_key, unstack, windows, write_key
+from metamem.memory.plan import Key, Plan, copies, cut, plan, signal_key, unstack, windows, write_key
 from metamem.memory.product import product
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
@@ -180,8 +180,8 @@ def read(
     readers: int,
 ) -> Tensor:
     """`z^l_t = Σ_terms share_t a^l_t T − Σ_s A[t,s] (a^l_t · in^l_s) δ^l_s` through every layer."""
-    shares = [None if term.after is None else _copies(term.after, readers, -1) for term in step.terms]
-    strengths = {key: _copies(strength, readers, -2) for key, strength in step.strengths.items()}
+    shares = [None if term.after is None else copies(term.after, readers) for term in step.terms]
+    strengths = {key: copies(strength, readers, -2) for key, strength in step.strengths.items()}
 
     def layer(index: int, a: Tensor) -> Tensor:
         parts = [product(a, tensor[index]) for tensor in carried]
@@ -205,10 +205,6 @@ def move(learner: Learner, segment: Segment, step: Plan, carry: Carry, products:
     return fire_all(
         learner, segment, {name: step.steps[name] for name in segment.fire}, carry._replace(components=moved)
     )
-
-
-def _copies(share: Tensor, readers: int, axis: int) -> Tensor:
-    return share if readers == 1 else share.repeat_interleave(readers, axis)
 
 
 def refresh(segment: Segment, carry: Carry) -> Weights:

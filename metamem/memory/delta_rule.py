@@ -31,8 +31,8 @@ from metamem.memory.chunkwise import move
 from metamem.memory.component import Carry, Learner, Products, fire_all, term_weights
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network
-from metamem.memory.parts import blocks_as_heads, carry_by_block, carry_whole, copies, join_rows, split_rows
-from metamem.memory.plan import Key, Plan, Step, cut, plan, signal_key, unstack
+from metamem.memory.parts import blocks_as_heads, carry_by_block, carry_whole, join_rows, split_rows
+from metamem.memory.plan import Key, Plan, Step, copies, cut, plan, signal_key, unstack
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates, Writes
 
@@ -46,7 +46,7 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
     gates, blocks = _by_block(writes.gates)
     stacked = plan(levels, gates, span, learner.signal_at)
     values = cut(writes.values, span).flatten(3, 4)
-    keys, asked = (copies(network.given(cut(x, span).flatten(3, 4)), blocks) for x in (writes.keys, queries))
+    keys, asked = (copies(network.given(cut(x, span).flatten(3, 4)), blocks, 1) for x in (writes.keys, queries))
     scales = {signal_key(level): _scale(level) for level in levels}
     targets = values if learner.feedback is None else values @ learner.feedback[0].unsqueeze(1)
     targets = split_rows(targets, blocks)
@@ -62,7 +62,7 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
         # W_init alone has no batch
         seen.append(torch.cat(torch.broadcast_tensors(*carried), -2) if len(carried) > 1 else carried[0])
         errors.append(-solved_target if hebbian else solved_key @ seen[-1] - solved_target)
-        products = {name: Products([key], [_times(scale, errors[-1])]) for name, scale in scales.items()}
+        products = {name: Products([key], [signals.scaled(scale, errors[-1])]) for name, scale in scales.items()}
         carry = _moved(learner, segment, step, carry, products, blocks)
     error, weights = torch.stack(errors, 2), torch.stack(seen, 2)
     recalled = error + targets
@@ -73,7 +73,7 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Car
     surprise = signals.value(levels[0].objectives, join_rows(recalled, blocks), values)
     reads = _shared([term.after for term in stacked.terms], asked, readers) @ weights
     if stacked.strengths:
-        after = _copies(_strength(stacked.strengths, scales), readers)
+        after = copies(_strength(stacked.strengths, scales), readers, -2)
         reads = reads - (after * (asked @ keys.mT)) @ error
     reads, carry, shape = join_rows(reads, blocks), carry_whole(carry, blocks), (span.length, -1)
     return reads.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), carry
@@ -145,7 +145,7 @@ def _seen(learner: Learner, stacked: Plan, scales: dict[Key, float], writers: in
     """The strength of every write where each write's signal is computed, write by write."""
     strength = _strength(stacked.before, scales)
     if not learner.in_turn or writers == 1:
-        return _copies(strength, writers)
+        return copies(strength, writers, -2)
     write = torch.arange(strength.shape[-1], device=strength.device)
     token = write // writers
     earlier = (token.unsqueeze(1) == token) & (write.unsqueeze(1) > write)
@@ -164,13 +164,5 @@ def _shared(shares: list[Tensor | None], x: Tensor, copies: int) -> Tensor:
 
 
 def _strength(strengths: dict[Key, Tensor], scales: dict[Key, float]) -> Tensor:
-    first, *rest = [_times(scales[key], strength) for key, strength in strengths.items()]
+    first, *rest = [signals.scaled(scales[key], strength) for key, strength in strengths.items()]
     return torch.stack([first, *rest]).sum(0) if rest else first
-
-
-def _copies(strength: Tensor, copies: int) -> Tensor:
-    return strength if copies == 1 else strength.repeat_interleave(copies, -2)
-
-
-def _times(scale: float, x: Tensor) -> Tensor:
-    return x if scale == 1 else scale * x

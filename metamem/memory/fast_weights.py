@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from metamem.config.schema import RouterConfig
 from metamem.memory import chunkwise, delta_rule, digest, module_network, recurrence, routed
-from metamem.memory.base import Memory, Out
+from metamem.memory.base import Memory, Out, check_rows
 from metamem.memory.combinations import check, check_router
 from metamem.memory.component import (
     Carry,
@@ -197,8 +197,8 @@ class FastWeights(Memory):
     def forward(self, x: Float[Tensor, "batch tokens dim"], state: State | None = None) -> Out:
         """Writes each token, then reads it. aux: `surprise` [batch, tokens], the fastest level's objective before
         the write, mean over heads and writers."""
-        if state is not None and state["position"].shape[0] != x.shape[0]:  # one row would broadcast, silently
-            raise ValueError(f"the state has {state['position'].shape[0]} rows, the input {x.shape[0]}")
+        if state is not None:
+            check_rows(state["position"], x)
         if not self.writing:
             state = self.init_state(x.shape[0]) if state is None else state
             return Out(*self.read(x, state), {})

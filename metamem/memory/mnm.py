@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metamem.memory import signals
-from metamem.memory.base import Memory, Out
+from metamem.memory.base import Memory, Out, check_rows
 from metamem.memory.component import by_layer
 from metamem.memory.level import TokenLevel
 from metamem.memory.mnm_gradient import run
@@ -127,8 +127,8 @@ class MNM(Memory):
         return out.y, out.state
 
     def _run(self, x: Float[Tensor, "batch tokens dim"], state: State | None, writing: bool) -> Out:
-        if state is not None and state["read"].shape[0] != x.shape[0]:  # one row would broadcast, silently
-            raise ValueError(f"the state has {state['read'].shape[0]} rows, the input {x.shape[0]}")
+        if state is not None:
+            check_rows(state["read"], x)
         dtype, given = torch.promote_types(self.init[0].dtype, torch.float32), self.output.weight.dtype
         if x.shape[1] == 0:
             nothing = {name: x.new_zeros(x.shape[:2], dtype=dtype) for name in MEASURED} if writing else {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metamem.memory.component import Carry
 from metamem.memory.networks import Weights
+from metamem.memory.plan import copies
 from metamem.memory.writer import Gates
 
 
@@ -42,13 +43,8 @@ def blocks_as_heads(gates: Gates) -> Gates:
     assert gates.parts is not None
     blocks = gates.parts.shape[-1]
     lr = gates.lr.unsqueeze(2) * rearrange(gates.parts, "b h t 1 n -> b h n t 1")
-    keep, momentum = (None if gate is None else copies(gate, blocks) for gate in (gates.log_keep, gates.log_momentum))
-    return Gates(lr.flatten(1, 2), keep, momentum)
-
-
-def copies(x: Float[Tensor, "batch heads *any"], blocks: int) -> Float[Tensor, "batch heads_and_blocks *any"]:
-    """What all blocks of a head have alike, once for each."""
-    return x if blocks == 1 else x.repeat_interleave(blocks, 1)
+    of_head = gates.log_keep, gates.log_momentum
+    return Gates(lr.flatten(1, 2), *(None if gate is None else copies(gate, blocks, 1) for gate in of_head))
 
 
 def split_rows(
@@ -70,7 +66,7 @@ def carry_by_block(carry: Carry, blocks: int) -> Carry:
     if blocks == 1:
         return carry
     return _carry(
-        carry, lambda w: rearrange(w, "... h i (n o) -> ... (h n) i o", n=blocks), lambda keep: copies(keep, blocks)
+        carry, lambda w: rearrange(w, "... h i (n o) -> ... (h n) i o", n=blocks), lambda keep: copies(keep, blocks, 1)
     )
 
 

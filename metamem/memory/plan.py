@@ -93,7 +93,7 @@ def plan(
         parts = gates[level.name].parts
         if parts is not None:
             parts = _windows(parts, span, past_parts[level.name]) if past_parts else cut(parts, span)
-            parts = parts if writers == 1 else parts.repeat_interleave(writers, 3)
+            parts = copies(parts, writers, 3)
         if level.period > 1:
             keep, momentum = _last(gate.log_keep), _last(gate.log_momentum)
             if reach:
@@ -107,7 +107,7 @@ def plan(
             window = _window(level.window, span.length, reach, written)
             written = written @ window
             last_written = None if last_written is None else last_written @ window
-        strength = _copies(written, writers) * rate.unsqueeze(-2)
+        strength = copies(written, writers) * rate.unsqueeze(-2)
         key = write_key(level, parts)
         strengths[key] = strengths[key] + strength if key in strengths else strength
         if signal_at != "chunk":
@@ -115,7 +115,7 @@ def plan(
             if signal_at == "decayed" and gate.log_keep is not None:
                 seen = gate.log_keep.exp().unsqueeze(-1) * seen
             earlier[key] = earlier[key] + seen if key in earlier else seen
-        momentum = None if last_written is None else _copies(last_written, writers) * rate
+        momentum = None if last_written is None else copies(last_written, writers) * rate
         keep = None if of.keep is None else of.keep[..., -1]
         carry = None if of.carry is None else of.carry[..., -1]
         steps[level.name] = Step(strength[..., -1, :], momentum, keep, carry, of.last_carry, parts)
@@ -141,8 +141,9 @@ def delta_key(level: TokenLevel) -> tuple[str, ...]:
     return (level.name,) if level.period == 1 and level.forgets else ()
 
 
-def _copies(share: Tensor, writers: int) -> Tensor:
-    return share if writers == 1 else share.repeat_interleave(writers, -1)
+def copies(share: Tensor, count: int, axis: int = -1) -> Tensor:
+    """Each entry of an axis `count` times, one beside the other: what several writes, reads or blocks have alike."""
+    return share if count == 1 else share.repeat_interleave(count, axis)
 
 
 def _windows(gate: Tensor, span: Run, past: Tensor) -> Tensor:

@@ -37,13 +37,13 @@ def gradient(objective: Objective) -> Objective:
 
 def value(objectives: Objectives, pred: Tokens, target: Tokens) -> Float[Tensor, "*batch tokens"]:
     """Σ weight · objective(pred, target), per token."""
-    terms = [_scaled(weight, objective(pred, target)) for objective, weight in objectives.items()]
+    terms = [scaled(weight, objective(pred, target)) for objective, weight in objectives.items()]
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
 def output_error(objectives: Objectives, pred: Tokens, target: Tokens) -> Tokens:
     """Σ weight · ∂ objective / ∂ pred: the signal at the last layer."""
-    errors = [_scaled(weight, gradient(objective)(pred, target)) for objective, weight in objectives.items()]
+    errors = [scaled(weight, gradient(objective)(pred, target)) for objective, weight in objectives.items()]
     return torch.stack(errors).sum(0) if len(errors) > 1 else errors[0]
 
 
@@ -93,5 +93,6 @@ def at_layers(
     return network.backward(output_error(objectives, forward.output, values), weights, forward)
 
 
-def _scaled(weight: float, x: Tensor) -> Tensor:
+def scaled(weight: float, x: Tensor) -> Tensor:
+    """weight · x, without a product where it is 1."""
     return x if weight == 1 else weight * x

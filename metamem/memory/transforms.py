@@ -31,6 +31,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from metamem.gating import straight_through
 from metamem.memory.newton_schulz import orthogonalize
 
 LayerState: TypeAlias = dict[str, Tensor]  # name -> tensor
@@ -70,7 +71,7 @@ def stateful(
 
 def sign(accumulated: Tensor) -> Tensor:
     """sign(G), with the gradient of G (straight-through): its own is zero, and nothing would learn to write."""
-    return torch.sign(accumulated).detach() + (accumulated - accumulated.detach())
+    return straight_through(torch.sign(accumulated), accumulated)
 
 
 def clip(accumulated: Tensor, norm: float = 1.0) -> Tensor:

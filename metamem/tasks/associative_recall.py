@@ -23,11 +23,10 @@ from torch import Tensor
 
 from metamem.registry import TASKS
 from metamem.targets import IGNORE, accuracy
-from metamem.tasks.evaluation import evaluation_generator
+from metamem.tasks.evaluation import evaluation_generator, in_batches
 from metamem.tasks.text import TaskError
 
 Episodes = tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]
-BATCH = 64  # episodes evaluated at once
 
 
 @TASKS.register("associative_recall")
@@ -101,9 +100,8 @@ class AssociativeRecall:
         found = {}
         for pairs in self.pairs:
             inputs, targets = self.evaluation(pairs, length)
-            batches = zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
-            right = [predict(*batch).argmax(-1) for batch in batches]
-            found[f"accuracy/pairs-{pairs}"] = accuracy(torch.cat(right), targets)
+            answers = in_batches(lambda *batch: predict(*batch).argmax(-1), inputs, targets)
+            found[f"accuracy/pairs-{pairs}"] = accuracy(answers, targets)
         return found
 
     def describe(self) -> str:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from metamem.registry import TASKS
 from metamem.targets import IGNORE, accuracy
-from metamem.tasks.evaluation import evaluation_generator
+from metamem.tasks.evaluation import evaluation_generator, in_batches
 from metamem.tasks.text import TaskError
 
 Episodes = tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]
-BATCH = 64  # episodes evaluated at once
 
 
 @TASKS.register("dictionary")
@@ -107,10 +106,9 @@ class Dictionary:
         for word in self.words:
             for pairs in self.evaluated_pairs:
                 inputs, targets = self.evaluation(pairs, word)
-                batches = zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
-                right = [predict(*batch).argmax(-1) for batch in batches]
+                answers = in_batches(lambda *batch: predict(*batch).argmax(-1), inputs, targets)
                 name = f"accuracy/pairs-{pairs}" + (f"-word-{word}" if len(self.words) > 1 else "")
-                found[name] = accuracy(torch.cat(right), targets)
+                found[name] = accuracy(answers, targets)
         return found
 
     def describe(self) -> str:

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from metamem.targets import Targets, asked
-from metamem.tasks.evaluation import evaluation_generator
+from metamem.tasks.evaluation import evaluation_generator, in_batches
 from metamem.tasks.text import TaskError
 
 Inputs: TypeAlias = Int[Tensor, "batch length"] | Float[Tensor, "batch length inputs"]
 Episodes: TypeAlias = tuple[Inputs, Targets]
-BATCH = 64  # episodes evaluated at once
 
 
 class Episodic(ABC):
@@ -54,9 +53,8 @@ class Episodic(ABC):
         found = {}
         for name in self.settings:
             inputs, targets = self.evaluation(name)
-            batches = zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
-            predictions = torch.cat([predict(*batch) for batch in batches])
-            found |= {f"{key}/{name}": value for key, value in self.measure(predictions, targets).items()}
+            measured = self.measure(in_batches(predict, inputs, targets), targets)
+            found |= {f"{key}/{name}": value for key, value in measured.items()}
         return found
 
     def measure(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metamem.gating import straight_through
+
 Gate = Literal["sigmoid", "steep_sigmoid", "hard"]
 Logits = Float[Tensor, "*batch"]
 
@@ -22,8 +24,7 @@ def steep_sigmoid(x: Logits) -> Logits:
 
 def hard(x: Logits) -> Logits:
     """1 where x > 0, else 0; the gradient is that of σ(x), straight through (Bengio et al. 2013, arXiv 1308.3432)."""
-    soft = torch.sigmoid(x)
-    return (x > 0).to(x.dtype) + (soft - soft.detach())
+    return straight_through((x > 0).to(x.dtype), torch.sigmoid(x))
 
 
 GATES: dict[Gate, Callable[[Tensor], Tensor]] = {

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metamem.memory.base import Memory, Out
+from metamem.memory.base import Memory, Out, check_rows
 from metamem.memory.slots.interface import Interface, Shapes
 from metamem.memory.slots.options import DenseOptions, Initial, ReadOptions
 from metamem.state import State, leaves
@@ -129,8 +129,7 @@ class SlotMemory(Memory):
     def _state(self, x: Tensor, state: State | None) -> State:
         if state is None:
             return self.init_state(x.shape[0])
-        if (rows := next(leaves(state)).shape[0]) != x.shape[0]:  # one row would broadcast, silently
-            raise ValueError(f"the state has {rows} rows, the input {x.shape[0]}")
+        check_rows(next(leaves(state)), x)
         return state
 
     def _token(self) -> Callable[..., tuple[Reads | None, State]]:
