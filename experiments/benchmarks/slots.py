@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from metamem.analysis import Claim, Study, open_study
 from metamem.controllers import LSTM
 from metamem.memory.cell import MemoryCell
-from metamem.memory.slots import DNC, SAM, DenseOptions, SparseOptions
+from metamem.memory.slots import DNC, SAM, DNCOptions, SparseOptions
 from metamem.state import State, state_bytes
 
 INPUT, HIDDEN, SLOTS, WORD, TOKENS = 8, 128, 32, 16, 20
@@ -67,7 +67,7 @@ class LSTMAlone(nn.Module):
 
 def ours(heads: int, compiled: bool) -> MemoryCell:
     """The DNC as a controller and its memory."""
-    memory = DNC(HIDDEN, DenseOptions(slots=SLOTS, word=WORD, read_heads=heads, clip=20.0))
+    memory = DNC(HIDDEN, DNCOptions(slots=SLOTS, word=WORD, read_heads=heads, clip=20.0))
     controller = LSTM(INPUT + heads * WORD, HIDDEN, project=False)
     return MemoryCell(INPUT, controller, {"memory": memory}, compile_step=compiled)
 
