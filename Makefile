@@ -12,11 +12,12 @@ DOCS_STAMP := .venv/.installed-docs
 RELIABILITY_STAMP := .venv/.installed-reliability
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench reliability docs clean
+.PHONY: help install run test coverage check bench reliability docs clean
 
 help:
 	@echo "make run [SEEDS=3]  meta-train the quickstart model, then stream English it has never read"
 	@echo "make test [ARGS=..] run the whole test suite"
+	@echo "make coverage       the suite, and which lines and branches it leaves out; fails below 90 %"
 	@echo "make check          lint, formatting, types, import rules"
 	@echo "make bench [BENCH=..] speed and memory: fast_weights (beside a peer), rules (every preset), mnm, slots, engines (inner loops), distributed (processes)"
 	@echo "make reliability    kill -9, full disks, damaged files, …: how many faults were tried, and how many survived"
@@ -53,6 +54,9 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
+coverage: $(STAMP)
+	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered $(ARGS)
+
 check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -70,4 +74,4 @@ docs: $(DOCS_STAMP)
 	@echo "site/index.html is built; its search needs a server: $(BIN)/python -m http.server -d site"
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist site
+	rm -rf .venv .coverage* .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist site

@@ -216,7 +216,7 @@ def main() -> int:
     texts = {name: text[:length] for name, text in task.streams().items()}
     validation = [task.validation_bytes(name)[: length // 4] for name in (None, "gb")]
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # which imports torch once for all of them
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         context.Manager() as manager,

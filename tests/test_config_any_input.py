@@ -50,7 +50,7 @@ def parent_of(tree: Any, path: tuple[Any, ...]) -> Any:
     return tree
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(KEYS), st.data())
 def test_a_misspelt_key_is_named(path: tuple[Any, ...], data: st.DataObject) -> None:
     tree, key = copy.deepcopy(TREE), path[-1]
@@ -77,7 +77,7 @@ def wrong_for(value: Any) -> list[Any]:
     return [{"zzz": 1}, [[1]], *(["zzz"] if not isinstance(value, str | list) else [])]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(EVERYWHERE), st.data())
 def test_a_wrong_type_is_named(path: tuple[Any, ...], data: st.DataObject) -> None:
     tree = copy.deepcopy(TREE)
@@ -126,8 +126,8 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.dictionaries(words | awkward, values, max_size=4))
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(words | awkward, values, max_size=10))
 def test_a_config_loads_back_equal(valid: Config, variables: dict[str, Any]) -> None:
     config = dataclasses.replace(valid, vars=variables)
     Path("back.yaml").write_text(to_yaml(config), encoding="utf-8", newline="")

@@ -1,6 +1,7 @@
 """Task english: what is held out is held out, what is streamed is the same text, and mistakes are told in one line."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -124,6 +125,7 @@ def test_a_file_takes_the_place_of_the_translations_without_data(tmp_path):
 def test_a_translation_that_is_not_installed_is_named_with_its_command_without_data(monkeypatch):
     load_translation.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pythonbible", None)
     with pytest.raises(
         TaskError, match=r"'web' \(World English Bible, 2000\) is not installed: pip install pythonbible-"
     ):

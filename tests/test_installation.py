@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OWN = """\
 extends: [metamem:memory/titans.yaml, metamem:experiment/associative_recall.yaml]
-training: {steps: 10, batch: 2, length: 32, evaluate_every: null}
+training: {steps: 10, batch: 2, evaluate_every: null}
 """
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 

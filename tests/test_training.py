@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -277,6 +278,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(checkpoint, tmp_path):
 
 def test_a_folder_that_is_no_run_is_told(tmp_path):
     with pytest.raises(UserError, match=r"no run folder \(it has no config.yaml\)"):
+        load_run(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / CONFIG).touch()
+    with pytest.raises(UserError, match=re.escape(f"; in it are {tmp_path / 'one'}")):
         load_run(tmp_path)
     (tmp_path / CONFIG).write_text("task: [")
     with pytest.raises(ConfigError):

@@ -17,7 +17,7 @@ from metamem.analysis.statistics import Interval, interval
 from metamem.config import UserError, to_dict, to_yaml
 from metamem.config.plain import is_mapping
 from metamem.json_files import Check, is_text, is_whole, list_of, or_null, read_json
-from metamem.training.run_folder import CONFIG, METRICS, run_config
+from metamem.training.run_folder import CONFIG, METRICS, run_config, runs_within
 
 OPTIMUM = "optimum"  # a metric of this name, or `optimum/<metric>`, is the best that can be had
 
@@ -87,7 +87,8 @@ def read_source(folder: Path) -> Source:
         return _ablation(folder)
     if (folder / CONFIG).is_file() and (folder / METRICS).is_file():
         return _training(folder)
-    raise UserError(f"{folder}: neither an ablation nor a run (it has no {PLAN}, and no {CONFIG} with {METRICS})")
+    missing = f"it has no {PLAN}, and no {CONFIG} with {METRICS}"
+    raise UserError(f"{folder}: neither an ablation nor a run ({missing}){runs_within(folder)}")
 
 
 def _is_cell(value: Any) -> bool:

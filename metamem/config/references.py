@@ -5,6 +5,7 @@ OmegaConf resolves values. A mapping is resolved in its own place, whose lines i
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -111,12 +112,17 @@ def _check(value: Any, where: Where) -> None:
     elif is_list(value):
         for i, item in enumerate(value):
             _check(item, where / i)
-    elif isinstance(value, str) and "${" in value:
-        try:
-            OmegaConf.create({"value": value})
-        except OmegaConfBaseException:
-            hint = "write ${vars.name}, or \\${ for the text itself"
-            raise where.error(f"{value!r} is not a valid reference; {hint}") from None
+    elif isinstance(value, str) and "${" in value and not _well_formed(value):
+        raise where.error(f"{value!r} is not a valid reference; write ${{vars.name}}, or \\${{ for the text itself")
+
+
+@functools.lru_cache(maxsize=1024)  # a config repeats a few, and an ablation its config
+def _well_formed(value: str) -> bool:
+    try:
+        OmegaConf.create({"value": value})
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def _reference_error(value: str, tree: Any, where: Where, error: Exception) -> ConfigError:

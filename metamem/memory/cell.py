@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
-import torch._dynamo
-import torch._functorch.config
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -201,10 +199,12 @@ def _run_of(cell: MemoryCell) -> Iterator[Tokens]:
     if not _compiles(cell):
         yield MemoryCell._tokens
         return
+    from torch import _dynamo as dynamo  # as long an import as all others together
+    from torch._functorch import config as functorch
+
     # torch's LSTM and GRU are read for their weights, not called; each cell, batch and rest has a graph of its own. A
     # backward keeps its buffers for another (retain_graph).
-    functorch = torch._functorch.config.patch(donated_buffer=False)
-    with torch._dynamo.config.patch(allow_rnn=True, recompile_limit=64), functorch:
+    with dynamo.config.patch(allow_rnn=True, recompile_limit=64), functorch.patch(donated_buffer=False):
         yield _compiled()
 
 

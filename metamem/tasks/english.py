@@ -83,6 +83,8 @@ class English:
             self._streams = {Path(path).resolve().name: test}
             return
         self.train, self.stream = _named("train", train), tuple(stream)
+        for name in (*self.train, *self.stream):
+            _package(name)  # before the books' titles, which a package of the same extra has
         self.validation_books = _titles(_named("validation_books", validation_books))
         self.test_books = _titles(_named("test_books", test_books))
         if both := [title for title in self.test_books if title in self.validation_books]:

@@ -61,7 +61,14 @@ def new_folder(root: Path, name: str) -> Path:
 def check_run_folder(folder: Path) -> None:
     """Raises UserError where the folder is none of a run."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: no run folder (it has no {CONFIG}); give one that `metamem train` made")
+        hint = runs_within(folder) or "; give one that `metamem train` made"
+        raise UserError(f"{folder}: no run folder (it has no {CONFIG}){hint}")
+
+
+def runs_within(folder: Path) -> str:
+    """`; in it are a/b, a/c`: the runs in a folder that is none itself, such as a study's; empty without any."""
+    inside = [str(path.parent) for path in sorted(folder.glob(f"*/{CONFIG}"))]
+    return f"; in it are {', '.join(inside[:3])}{', …' * (len(inside) > 3)}" if inside else ""
 
 
 def run_config(folder: Path) -> Config:
