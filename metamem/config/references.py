@@ -1,13 +1,14 @@
 """References in a config: `${vars.dim}` stands for a value, `${vars.memory}` for a whole mapping, such as a module.
 
-OmegaConf resolves values. A mapping is resolved in its own place, whose lines its errors name, and then stands at both.
+A mapping is resolved in its own place, whose lines its errors name, and then stands at both. OmegaConf resolves what is
+more than one value: text around a reference, a relative one.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,38 +40,46 @@ class _Resolver:
 
     def __init__(self, tree: Any, sources: Sources) -> None:
         self.tree, self.sources = tree, sources
-        self.config: Any = OmegaConf.create(tree)
         self.within: list[Path] = []
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The tree as OmegaConf has it, which takes longer to make than all else."""
+        return cast(Any, OmegaConf.create(self.tree))
 
     def part(self, path: Path, where: Where) -> Any:
         """The mapping or list at a path, as it stands at `where`."""
         if path in self.within or (path and where.path[: len(path)] == path):
             raise RecursionError
-        value, container = self.tree, self.config
+        value = self.tree
         for key in path:
-            value, container = value[key], container[key]
+            value = value[key]
         self.within.append(path)
-        result = self.resolved(value, container, Where(self.sources, path))
+        result = self.resolved(value, Where(self.sources, path))
         self.within.pop()
         if path:
             self.sources.copy(path, where.path)
         return result
 
-    def resolved(self, value: Any, container: Any, where: Where) -> Any:
+    def resolved(self, value: Any, where: Where) -> Any:
         if is_mapping(value):
-            return {key: self.item(child, container, key, where / key) for key, child in value.items()}
-        return [self.item(child, container, i, where / i) for i, child in enumerate(value)]
+            return {key: self.item(child, where / key) for key, child in value.items()}
+        return [self.item(child, where / i) for i, child in enumerate(value)]
 
-    def item(self, value: Any, container: Any, key: str | int, where: Where) -> Any:
+    def item(self, value: Any, where: Where) -> Any:
         if is_mapping(value) or is_list(value):
-            return self.resolved(value, container[key], where)
+            return self.resolved(value, where)
         if not isinstance(value, str) or "${" not in value:
             return value
         try:
-            path = _part(value, self.tree)
-            if path is not None:
+            path, found = _followed(value, self.tree)
+            if is_mapping(found) or is_list(found):
                 return self.part(path, where)
-            result = container[key]
+            if not isinstance(found, str) or "${" not in found:
+                return found
+            result = self.config
+            for key in where.path:
+                result = result[key]
             return OmegaConf.to_container(result, resolve=True) if OmegaConf.is_config(result) else result
         except RecursionError:
             raise where.error(f"{value!r} refers to itself") from None
@@ -78,23 +87,24 @@ class _Resolver:
             raise _reference_error(value, self.tree, where, error) from None
 
 
-def _part(value: str, tree: Any) -> Path | None:
-    """The path of the mapping or list that a value `${path}` stands for; None where it is anything else."""
+def _followed(value: str, tree: Any) -> tuple[Path, Any]:
+    """Where a value `${path}` leads, through any number of them, and what is there; text that still has `${` in it is
+    more than that, or leads nowhere."""
     seen: set[str] = set()
     part: Any = value
     path: Path = ()
     while isinstance(part, str) and part not in seen:
         seen.add(part)
         reference = _REFERENCE.fullmatch(part)
-        if reference is None:
-            return None
+        if reference is None or reference[1].startswith("."):
+            return path, part
         part, path = tree, ()
         for name in re.findall(r"[^.\[\]]+", reference[1]):
             key = _key(part, name)
             if key is None:
-                return None
+                return (), value
             part, path = part[key], (*path, key)
-    return path if is_mapping(part) or is_list(part) else None
+    return path, part
 
 
 def _key(part: Any, name: str) -> Key | None:
