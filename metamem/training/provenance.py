@@ -7,7 +7,7 @@ import hashlib
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optree
 import torch
@@ -27,10 +27,10 @@ def made_with(processes: int = 1) -> dict[str, str]:
 
 def data_digest(task: Any) -> str:
     """A digest of all tensors that a task holds, such as the bytes of its texts: what it reads, not what it makes."""
-    digest = hashlib.blake2b(digest_size=8)
-    for leaf in optree.tree_leaves(getattr(task, "__dict__", {})):
+    digest, held = hashlib.blake2b(digest_size=8), cast(Any, getattr(task, "__dict__", {}))
+    for leaf in optree.tree_leaves(held):
         if isinstance(leaf, Tensor):
-            digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
