@@ -16,6 +16,7 @@ from metamem.registry import MODULES
 from metamem.state import State, Stateful
 
 Tokens = Float[Tensor, "batch time dim"]
+Features = Float[Tensor, "*tokens dim"]
 
 
 @MODULES.register("embedding")
@@ -81,7 +82,7 @@ class Gate(nn.Module):
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
-    def value(self, a: Tensor, b: Tensor) -> Tensor:
+    def value(self, a: Features, b: Features) -> Features:
         """g."""
         return torch.sigmoid(self.project(torch.cat([a, b], -1)))
 

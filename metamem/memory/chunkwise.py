@@ -30,6 +30,7 @@ from metamem.memory.networks import Network, Weights
 from metamem.memory.parts import gated
 from metamem.memory.plan import Key, Plan, copies, cut, plan, signal_key, unstack, windows, write_key
 from metamem.memory.product import product
+from metamem.memory.reader import Queries
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
 
@@ -56,7 +57,7 @@ class Chunk(NamedTuple):
     sent: dict[Key, Tensor]
 
 
-def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
+def run(learner: Learner, span: Run, writes: Writes, queries: Queries, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], what is carried."""
     network, levels, readers = learner.network, learner.levels, queries.shape[3]
     assert isinstance(network, Network)
@@ -145,7 +146,7 @@ def _uniform(learner: Learner, carry: Carry) -> Carry:
 
 
 def cut_pieces(
-    learner: Learner, span: Run, writes: Writes, queries: Tensor, past: Past | None
+    learner: Learner, span: Run, writes: Writes, queries: Queries, past: Past | None
 ) -> tuple[Pieces, Past | None]:
     """The run in segments, and the past of the run after it."""
     asked = cut(queries, span).flatten(3, 4)
@@ -174,7 +175,7 @@ def cut_pieces(
 def read(
     network: Network,
     step: Plan,
-    queries: Tensor,
+    queries: Float[Tensor, "*batch reads d_key"],
     carried: list[Weights],
     products: dict[Key, Products],
     readers: int,

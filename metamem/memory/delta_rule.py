@@ -33,13 +33,14 @@ from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network
 from metamem.memory.parts import blocks_as_heads, carry_by_block, carry_whole, join_rows, split_rows
 from metamem.memory.plan import Key, Plan, Step, copies, cut, plan, signal_key, unstack
+from metamem.memory.reader import Queries
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates, Writes
 
 Rows = Float[Tensor, "batch heads segments writes _features"]
 
 
-def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
+def run(learner: Learner, span: Run, writes: Writes, queries: Queries, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`, with every signal at the weights of its own token."""
     network, levels, writers, readers = learner.network, learner.levels, writes.keys.shape[3], queries.shape[3]
     assert isinstance(network, Network)

@@ -24,6 +24,7 @@ from metamem.memory import recurrence, signals
 from metamem.memory.chunkwise import refresh
 from metamem.memory.component import Carry, Learner, fire_all
 from metamem.memory.networks import Weights
+from metamem.memory.reader import Queries
 from metamem.memory.schedule import Run
 from metamem.memory.writer import Writes
 
@@ -83,7 +84,7 @@ def _found(path: str) -> Callable[..., nn.Module]:
         raise ValueError(str(error).removeprefix("network: ")) from error
 
 
-def run(learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
+def run(learner: Learner, span: Run, writes: Writes, queries: Queries, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`, of any network."""
     levels = learner.levels
     lagging = all(level.period > 1 and level.period % learner.chunk == 0 and level.window == 1 for level in levels)

@@ -12,6 +12,8 @@ from metamem.memory.norms import rms
 from metamem.memory.product import Projection
 from metamem.memory.projections import Part, Projections
 
+Queries = Float[Tensor, "batch heads tokens readers d_key"]
+
 
 class Reader(nn.Module):
     """`readers` readers per head: q = φ(x W_q), y = RMSNorm(read) W_o over all heads and readers; φ the feature map.
@@ -38,7 +40,7 @@ class Reader(nn.Module):
         self.norm = nn.RMSNorm(d_value)
         self.output = Projection(heads * readers * d_value, dim)
 
-    def query(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Float[Tensor, "b h t readers d_key"]:
+    def query(self, x: Float[Tensor, "batch tokens dim"], dtype: torch.dtype) -> Queries:
         """The queries for x, in `dtype`."""
         queries = rearrange(self.queries(x), "b t (h r d) -> b t h r d", h=self.heads, r=self.readers)
         return rearrange(FEATURE_MAPS[self.feature_map](queries.to(dtype)), "b t h r d -> b h t r d").contiguous()

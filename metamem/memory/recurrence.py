@@ -24,6 +24,7 @@ from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
 from metamem.memory.parts import columns, gated
 from metamem.memory.plan import Step
+from metamem.memory.reader import Queries
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates, Writes
 from metamem.state import align
@@ -33,7 +34,7 @@ Products = Callable[[Learner, TokenLevel, Weights, Tensor, Tensor, Tensor, Tenso
 
 
 def run(
-    products: Products, learner: Learner, span: Run, writes: Writes, queries: Tensor, carry: Carry
+    products: Products, learner: Learner, span: Run, writes: Writes, queries: Queries, carry: Carry
 ) -> tuple[Tensor, Tensor, Carry]:
     """As `chunkwise.run`; without an anchor every token's signal is computed at the weights of that token."""
     levels = learner.levels

@@ -13,6 +13,7 @@ from torch import Tensor
 from metamem.memory import digest as digests
 from metamem.memory.component import Carry, Learner
 from metamem.memory.digest import Digest
+from metamem.memory.reader import Queries
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates, Writes
 from metamem.routing import Router, Routing
@@ -37,7 +38,7 @@ def run(
     spans: Sequence[Run],
     x: Float[Tensor, "batch tokens dim"],
     writes: Writes,
-    queries: Tensor,
+    queries: Queries,
     carry: Carry,
     router: Router | None,
     digest: Digest | None,
@@ -76,7 +77,7 @@ def _by_chunk(
     spans: Sequence[Run],
     x: Tensor,
     writes: Writes,
-    queries: Tensor,
+    queries: Queries,
     carry: Carry,
     router: Router,
     digest: Digest,

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from metamem.registry import TASKS
-from metamem.targets import asked
-from metamem.tasks.episodic import Episodes, OfLengths
+from metamem.targets import Targets, asked
+from metamem.tasks.episodic import Episodes, OfLengths, Predictions
 
 NEAR = 0.04  # an answer this near to the sum is right, as in the paper
 
@@ -62,7 +62,7 @@ class Adding(OfLengths):
         targets = torch.full_like(numbers, math.nan).scatter(1, sizes - 1, sums)
         return torch.stack([numbers, marks], -1), targets.unsqueeze(-1)
 
-    def measure(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
+    def measure(self, predictions: Predictions, targets: Targets) -> dict[str, float]:
         """`accuracy`, the share of sums that are met within 0.04; `squared_error`, its mean: 0.167 for who says 1."""
         error = (predictions - targets)[asked(targets)]
         return {"accuracy": float((error.abs() < NEAR).double().mean()), "squared_error": float(error.square().mean())}

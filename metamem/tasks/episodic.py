@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +19,7 @@ from metamem.tasks.text import TaskError
 
 Inputs: TypeAlias = Int[Tensor, "batch length"] | Float[Tensor, "batch length inputs"]
 Episodes: TypeAlias = tuple[Inputs, Targets]
+Predictions: TypeAlias = Float[Tensor, "batch length outputs"]
 
 
 class Episodic(ABC):
@@ -57,7 +58,7 @@ class Episodic(ABC):
             found |= {f"{key}/{name}": value for key, value in measured.items()}
         return found
 
-    def measure(self, predictions: Tensor, targets: Tensor) -> dict[str, float]:
+    def measure(self, predictions: Predictions, targets: Targets) -> dict[str, float]:
         """Of the answers that are asked: `accuracy`, the share right; `exact`, the share of episodes without an error;
         `bits`, −log₂ p of all that an episode asks."""
         return measure(predictions, targets)
@@ -105,7 +106,7 @@ class OfLengths(Episodic):
         return f"evaluation: {self.examples} episodes each of {tested} {self.items}, seed {self.seed}"
 
 
-def measure(predictions: Tensor, targets: Tensor) -> dict[str, float]:
+def measure(predictions: Predictions, targets: Targets) -> dict[str, float]:
     """Accuracy, exact episodes and bits an episode, of logits for tokens, or for bits where targets are numbers."""
     wanted = asked(targets)
     if targets.is_floating_point():
@@ -145,8 +146,8 @@ def check_length(needed: int, length: int, what: str) -> None:
         )
 
 
-def pad(x: Tensor, length: int, value: float) -> Tensor:
-    """`x`, [batch, time, …], with `value` after its end, up to `length`."""
+def pad(x: Shaped[Tensor, "batch time *rest"], length: int, value: float) -> Shaped[Tensor, "batch length *rest"]:
+    """`x` with `value` after its end, up to `length`."""
     return functional.pad(x, (*(0, 0) * (x.ndim - 2), 0, length - x.shape[1]), value=value)
 
 

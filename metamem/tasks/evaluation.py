@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 BATCH = 64  # episodes evaluated at once
@@ -16,6 +17,10 @@ def evaluation_generator(number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(FIRST + number)
 
 
-def in_batches(predict: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+def in_batches(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    inputs: Shaped[Tensor, "batch *given"],
+    targets: Shaped[Tensor, "batch *asked"],
+) -> Shaped[Tensor, "batch *found"]:
     """What `predict` gives for episodes, (inputs, targets), some of them at once."""
     return torch.cat([predict(*batch) for batch in zip(inputs.split(BATCH), targets.split(BATCH), strict=True)])
