@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -13,15 +14,20 @@ from matplotlib import pyplot
 
 Curves = Mapping[str, np.ndarray]  # method -> values, [seeds, tokens or settings]
 MARKERS = "os^vDPX<>*hd"
+COLUMNS = 3
 
 
 def stream_figure(streams: Mapping[str, Curves], path: Path, title: str, window: int = 8192) -> None:
     """Bits per byte along each stream, a panel a stream, a line a method: a running mean over `window` bytes, with
-    a band of ± one standard deviation over seeds."""
+    a band of ± one standard deviation over seeds. Streams of one row have one scale, those of several their own."""
+    columns = min(len(streams), COLUMNS)
+    rows = math.ceil(len(streams) / columns)
     figure, axes = pyplot.subplots(
-        1, len(streams), figsize=(5.2 * len(streams), 4.2), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(5.2 * columns, 4.2 * rows), sharey=rows == 1, squeeze=False, layout="constrained"
     )
-    for axis, (name, curves) in zip(axes[0], streams.items(), strict=True):
+    for unused in axes.flat[len(streams) :]:
+        unused.set_axis_off()
+    for axis, (name, curves) in zip(axes.flat, streams.items(), strict=False):
         for index, (method, bits) in enumerate(curves.items()):
             running = np.stack([_running_mean(row, min(window, len(row))) for row in bits])
             at = (np.arange(running.shape[1]) + min(window, bits.shape[1])) / 1024
@@ -32,7 +38,8 @@ def stream_figure(streams: Mapping[str, Curves], path: Path, title: str, window:
         axis.set_title(name)
         axis.set_xlabel("read so far (KiB)")
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(f"bits per byte (mean of the last {window // 1024} KiB)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"bits per byte (mean of the last {window // 1024} KiB)")
     figure.suptitle(title)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
