@@ -303,7 +303,7 @@ def test_a_probe_finds_slow_harm_and_calm_puts_the_frozen_one_to_sleep_again():
 
 
 def test_weights_that_served_long_are_those_that_come_back():
-    session, _ = learned(FallbackConfig(probe=1000, alarm=3.0))
+    session, stream = learned(FallbackConfig(probe=1000, alarm=3.0))
     session.standing = Standing(**{**vars(session.standing), "service": 5000})
     good = {name: value.clone() + 1e-3 for name, value in session.inner["stream"].fast.items()}
     session.inner["stream"] = session.inner["stream"]._replace(fast=good)
@@ -314,9 +314,12 @@ def test_weights_that_served_long_are_those_that_come_back():
         assert all(torch.equal(value, good[name]) for name, value in session.inner["stream"].fast.items())
         assert not session.resting
     session._put_back(BEHIND, 1.0, 0.0)
-    slow = dict(session.model.named_parameters())
-    assert all(torch.equal(value, slow[name]) for name, value in session.inner["stream"].fast.items())
     assert session.resting, "the third time without a calm between them"
+    rest, frozen = session.watchdog.until - session.position, session.fork()
+    frozen.inner, frozen.loop = {}, Session(session.model, tiny(), inner=False).loop
+    more = stream[:, :1].expand(-1, rest)
+    assert torch.equal(session.observe(more).losses, frozen.observe(more).losses), "at rest, the model as trained"
+    assert all(torch.equal(value, good[name]) for name, value in session.inner["stream"].fast.items())
 
 
 def test_a_gradient_goes_back_no_further_than_a_piece():

@@ -170,7 +170,7 @@ class Session:
         if self.last is None:
             return torch.full((self.batch, self.vocabulary), 1 / self.vocabulary)
         with writing(self.model, self.writing):
-            inner = Carried(self.inner, self._state_here(self.state))
+            inner = Carried(self._fast, self._state_here(self.state))
             found = self.loop.read(self.last, self.last, inner, ())[0].y[:, -1].softmax(-1)
             if self.standing.mode == "awake":
                 shadow = self._state_here(self.state if self.shadow is None else self.shadow)
@@ -226,6 +226,11 @@ class Session:
         return () if self.resting else self.loop.levels
 
     @property
+    def _fast(self) -> dict[str, InnerState]:
+        """What the model reads with: at rest, its own weights."""
+        return {} if self.resting else self.inner
+
+    @property
     def _shadowed(self) -> bool:
         """Whether there are weights to compare with the model as trained."""
         return self.adaptation.fallback is not None and bool(self.loop.levels) and not self.resting
@@ -249,7 +254,7 @@ class Session:
         start, length, kept = 0, piece.shape[1], 0
         while start < piece.shape[1]:
             part = piece[:, start : start + length]
-            reading, count = self._try(part, self.state, self.inner, self._learning), part.shape[1]
+            reading, count = self._try(part, self.state, self._fast, self._learning), part.shape[1]
             if reading.sound == count:
                 found.append(self._keep(part, reading))
                 start, length, kept = start + count, 2 * count, kept + count
@@ -341,11 +346,11 @@ class Session:
         if guards is not None and guards.patience is not None and self.watchdog.in_a_row >= guards.patience:
             self._rest()
 
-    def _rest(self) -> None:
-        """Frozen for a while: the slow weights, and nothing learns."""
+    def _rest(self, home: bool = False) -> None:
+        """Frozen for a while: read at the slow weights, and nothing learns; then on from there, or from home."""
         if self.adaptation.guards is not None:
             self.watchdog = self.watchdog.resting(self.position, self.adaptation.guards, self._unit)
-        self._restart()
+        self._restart(home)
         self.standing, self.shadow = self.standing.asleep(), None
 
     def _note(self, level: str, reason: str, value: float, limit: float) -> None:
@@ -355,8 +360,9 @@ class Session:
         log.info("%s", refusal)
 
     def _restart(self, home: bool = False) -> None:
-        """The levels as at the start, at the slow weights or at those worth coming back to."""
+        """The levels as at the start, at the slow weights or at those worth coming back to, if any are."""
         levels = {name: leaf_state(state) for name, state in self.loop.init().items()}
+        home = home and self.home_service > 0
         self._initial = {name: list(state.fast.values()) for name, state in levels.items()}
         self.inner = {name: state._replace(fast=self.home[name]) for name, state in levels.items()} if home else levels
         self.gradients = {level.name: self._no_gradient(level) for level in self.loop.levels}
@@ -413,15 +419,15 @@ class Session:
             self.home_service = self.standing.service
 
     def _put_back(self, reason: str, value: float, limit: float) -> None:
-        """The adapted weights back to those worth coming back to, or to the slow ones; the third time, to rest."""
+        """The adapted weights back to those worth coming back to, or to the slow ones; the third time, after a rest."""
         self._note("", reason, value, limit)
         falls = self.standing.falls + 1
         if self.shadow is not None:
             self.state = self.shadow
-        self._restart(home=falls < FALLS and self.home_service > 0)
+        self._restart(home=True)
         self.standing = replace(self.standing, lead=0.0, ahead=0.0, calm=0, falls=falls, service=0)
         if falls >= FALLS and self.adaptation.guards is not None:
-            self._rest()
+            self._rest(home=True)
 
 
 def _objectives(config: Config | AdaptConfig) -> Objectives:
