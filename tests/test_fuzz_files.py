@@ -32,6 +32,7 @@ READ = {
     "adaptation/opening.py": "network of the hub",
     "training/tracking.py": None,  # the id that it gave the run
     "analysis/launchers/ray.py": None,  # what a cell left in the temporary folder that its process made
+    "analysis/plan.py": "ablation",  # its base
     "analysis/results.py": "ablation gone on with",
     "config/ablation.py": "ablation",
     "config/load.py": "config",
