@@ -71,7 +71,7 @@ class WeightsAndBiases:
         entity: str | None = None,
         mode: Literal["offline", "online"] = "offline",
     ) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         named = folder / "wandb" / "run-id"
         if not named.is_file():
