@@ -10,6 +10,8 @@
 - `transforms`  inner optimizers as pairs `init / update`
 - `rates`       rates: a number, or learned at any granularity; `gates`: masks and routers over them
 - `engines`     who runs it: `functional`, `loop`, `torchopt`, `torchopt_meta`, `higher`, `implicit`
+- `schema`      a config of all this and of the outer loop; `registry`: the tasks and modules that it can name
+- `learner`     the module and rates of a config; `training`: the outer loop; `evaluation`: figures on new tasks
 """
 
 from metamem.episodes.engines import ENGINES, adapt, predict

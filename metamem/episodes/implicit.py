@@ -36,7 +36,7 @@ def adapt(module: nn.Module, support: Batch, level: EpisodeLevel) -> Adapted:
     from torchopt.linear_solve import solve_cg
 
     names, parameters = members(module, level), dict(module.named_parameters())
-    rest = shared(module, dict.fromkeys(names, support.inputs))
+    rest = shared(module, names)
     buffers = own_buffers(module, len(support.inputs))
     found: list[Adapted] = []
 

@@ -79,49 +79,33 @@ def _level(config: EpisodesConfig, level: EpisodeLevelConfig, module: nn.Module)
     moving = {name: p for name, p in module.named_parameters() if name in of}
     return EpisodeLevel(
         resolve_objectives(config)[level.name],
-        level.steps,
-        InnerOptimizer(
+        steps=level.steps,
+        optimizer=InnerOptimizer(
             settings.name,  # pyright: ignore[reportArgumentType]
-            settings.momentum,
-            settings.nesterov,
-            settings.weight_decay,
-            settings.betas,
-            settings.eps,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            eps=settings.eps,
         ),
-        _rates(level, settings, moving, of),
-        tuple(moving),
-        level.unroll,
-        level.engine,
-        level.proximal,
-        level.solver_steps,
-        level.solver_tolerance,
+        rates=_rates(level, settings, moving, of),
+        members=tuple(moving),
+        unroll=level.unroll,
+        engine=level.engine,
+        proximal=level.proximal,
+        solver_steps=level.solver_steps,
+        solver_tolerance=level.solver_tolerance,
     )
 
 
 def _rates(
     level: EpisodeLevelConfig, settings: EpisodeOptimizerConfig, moving: dict[str, nn.Parameter], of: dict[str, str]
 ) -> Rates | float:
-    router = level.router
-    if settings.lr != "learned" and router is None:
+    if settings.lr != "learned" and level.router is None:
         return settings.lr
     learned = settings.lr == "learned"
     if not learned and settings.lr_per_step:
         raise level.where.at("optimizer", "lr_per_step").error("is of a learned rate, and lr is a number")
-    try:
-        gates = None
-        if router is not None:
-            gates = RateRouter(
-                moving,
-                router.kind,
-                experts=router.experts,
-                per=router.per,
-                k=router.k,
-                hold=router.hold,
-                input=router.input,
-                groups=of,
-            )
-    except ValueError as error:
-        raise (level.where / "router").error(str(error)) from error
     return Rates(
         moving,
         settings.lr_initial if settings.lr == "learned" else settings.lr,
@@ -131,5 +115,24 @@ def _rates(
         positive=learned and settings.lr_sign == "positive",
         steps=level.steps,
         groups=of,
-        multiplier=gates,
+        multiplier=_router(level, moving, of),
     )
+
+
+def _router(level: EpisodeLevelConfig, moving: dict[str, nn.Parameter], of: dict[str, str]) -> RateRouter | None:
+    settings = level.router
+    if settings is None:
+        return None
+    try:
+        return RateRouter(
+            moving,
+            settings.kind,
+            experts=settings.experts,
+            per=settings.per,
+            k=settings.k,
+            hold=settings.hold,
+            input=settings.input,
+            groups=of,
+        )
+    except ValueError as error:
+        raise (level.where / "router").error(str(error)) from error

@@ -56,10 +56,12 @@ class EpisodeLevel:
 
     - `objectives`  functions (pred, target) -> loss per example, with their weights; a task's loss is the mean
     - `steps`       inner updates
+    - `optimizer`   the direction of an update, at rate 1
     - `rates`       one rate for all, or a `Rates` (learned, gated, routed)
     - `members`     names of the parameters that move; None: all
     - `unroll`      the outer gradient flows through the gradients of the last `unroll` updates, and takes those before
                     as constants: 0 is first order, None is all
+    - `engine`      who runs it: a name in `ENGINES`
     - `proximal`    λ of the term λ/2 ‖φ − θ‖² that holds the fast weights φ to the slow ones θ; `implicit` needs it
     - `solver_steps`, `solver_tolerance`  of the conjugate gradient of `implicit`
     """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metamem.episodes.level import Batch, Losses, Parameters
-from metamem.episodes.parameters import call, shared, task_loss
+from metamem.episodes.parameters import call, shared, stack, task_loss
 from metamem.memory.signals import Objectives
 
 
@@ -27,7 +27,7 @@ def gradients(
         losses.append(loss if through else loss.detach())
         after.append({name: buffer.detach() for name, buffer in own.items()})
     stacked = {name: torch.stack(values) for name, values in zip(fast, zip(*found, strict=True), strict=True)}
-    return torch.stack(losses), stacked, {name: torch.stack([own[name] for own in after]) for name in buffers}
+    return torch.stack(losses), stacked, stack(after)
 
 
 def predict(module: nn.Module, fast: Parameters, buffers: Parameters, inputs: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamem.config.errors import UserError, suggest
-from metamem.episodes.level import EpisodeLevel, Losses, Parameters
+from metamem.episodes.level import Adapted, EpisodeLevel, Losses, Parameters
 from metamem.memory.base import Out
 from metamem.memory.signals import Objectives
 
@@ -30,7 +30,7 @@ def members(module: nn.Module, level: EpisodeLevel) -> tuple[str, ...]:
 def fast_copies(module: nn.Module, names: Iterable[str], tasks: int) -> Parameters:
     """The slow weights of these names once for each task, [tasks, *shape], views whose gradient adds up over tasks."""
     parameters = dict(module.named_parameters())
-    return {name: _differentiable(parameters[name].expand(tasks, *parameters[name].shape)) for name in names}
+    return {name: differentiable(parameters[name].expand(tasks, *parameters[name].shape)) for name in names}
 
 
 def own_buffers(module: nn.Module, tasks: int) -> Parameters:
@@ -38,8 +38,8 @@ def own_buffers(module: nn.Module, tasks: int) -> Parameters:
     return {name: buffer.expand(tasks, *buffer.shape).clone() for name, buffer in module.named_buffers()}
 
 
-def shared(module: nn.Module, fast: Mapping[str, Tensor]) -> Parameters:
-    """The parameters that do not move: the slow weights themselves."""
+def shared(module: nn.Module, fast: Container[str]) -> Parameters:
+    """The parameters that are not among the fast ones: the slow weights themselves."""
     return {name: parameter for name, parameter in module.named_parameters() if name not in fast}
 
 
@@ -88,6 +88,19 @@ def proximal_loss(strength: float, fast: Mapping[str, Tensor], start: Mapping[st
     return 0.5 * strength * torch.stack(squares).sum()
 
 
-def _differentiable(tensor: Tensor) -> Tensor:
-    # A parameter that no outer level trains still has a gradient inside.
+def stack(tasks: Sequence[Parameters]) -> Parameters:
+    """Tensors of each task, by name, as one with a task axis."""
+    return {name: torch.stack([one[name] for one in tasks]) for name in tasks[0]}
+
+
+def stack_adapted(tasks: Sequence[Adapted]) -> Adapted:
+    """Tasks that were adapted one by one, each without a task axis, as one with it; under torch.no_grad, detached."""
+    fast = stack([one.fast for one in tasks])
+    if not torch.is_grad_enabled():
+        fast = {name: value.detach() for name, value in fast.items()}
+    return Adapted(fast, stack([one.buffers for one in tasks]), torch.stack([one.losses for one in tasks], 1))
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """A parameter as the inner loop takes it: one that no outer level trains still has a gradient inside."""
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_()

@@ -51,8 +51,8 @@ class EpisodesProgress:
 @dataclass(frozen=True)
 class EpisodesTrained:
     """A finished, stopped or interrupted training: the learner with the weights of its best evaluation, which is at
-    `best`; the last evaluation of those weights, number of inner updates -> figures; how many outer
-    steps were skipped."""
+    `best`; the last evaluation of those weights, number of inner updates -> figures; how many outer steps were
+    skipped."""
 
     learner: Learner
     folder: Path

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamem.episodes.level import Adapted, Batch, EpisodeLevel, InnerOptimizer, Parameters
-from metamem.episodes.parameters import members, prediction, proximal_loss, task_loss
+from metamem.episodes.parameters import differentiable, members, prediction, proximal_loss, stack_adapted, task_loss
 from metamem.episodes.transforms import Moments, adam_direction
-from metamem.episodes.with_torchopt import stack
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)  # it compares a length with `is`
@@ -49,11 +48,7 @@ higher.register_optim(Adam, DifferentiableAdam)  # pyright: ignore[reportArgumen
 
 def adapt(module: nn.Module, support: Batch, level: EpisodeLevel) -> Adapted:
     """Task by task in higher's inner loop; a first-order step takes its gradients as constants."""
-    found = [_adapt_one(module, inputs, targets, level) for inputs, targets in zip(*support, strict=True)]
-    fast, buffers = stack([one.fast for one in found]), stack([one.buffers for one in found])
-    if not torch.is_grad_enabled():
-        fast = {name: value.detach() for name, value in fast.items()}
-    return Adapted(fast, buffers, torch.stack([one.losses for one in found], 1))
+    return stack_adapted([_adapt_one(module, *task, level) for task in zip(*support, strict=True)])
 
 
 def _adapt_one(module: nn.Module, inputs: Tensor, targets: Tensor, level: EpisodeLevel) -> Adapted:
@@ -62,11 +57,10 @@ def _adapt_one(module: nn.Module, inputs: Tensor, targets: Tensor, level: Episod
     with (
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
-        higher.innerloop_ctx(module, optimizer, copy_initial_weights=False) as (patched, differentiable),
+        higher.innerloop_ctx(module, optimizer, copy_initial_weights=False) as (patched, inner),
     ):
         model: Any = patched
-        # Also a parameter that no outer level trains has a gradient inside.
-        model.update_params([p if p.requires_grad else p.detach().requires_grad_() for p in parameters.values()])
+        model.update_params([differentiable(parameter) for parameter in parameters.values()])
 
         def fast() -> Parameters:
             now = dict(zip(parameters, model.fast_params, strict=True))
@@ -81,7 +75,7 @@ def _adapt_one(module: nn.Module, inputs: Tensor, targets: Tensor, level: Episod
                 loss = loss + proximal_loss(level.proximal, fast(), parameters)
             override = {"lr": [rate[name] for name in moving]}
             constant: Any = None if level.through(step) else _constants
-            differentiable.step(loss, override=override, grad_callback=constant)
+            inner.step(loss, override=override, grad_callback=constant)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         return Adapted(fast(), buffers, torch.stack(losses) if losses else inputs.new_zeros(0))
 

@@ -1,4 +1,5 @@
-"""Engines by torchopt: its functional transformations in our inner loop, and its differentiable MetaSGD and MetaAdam.
+"""Engines by torchopt: its functional transformations in our inner loop, and its differentiable MetaSGD,
+MetaAdam and MetaAdamW.
 
 torchopt 0.7.3 has no outer gradient through Adam where an inner gradient is exactly zero (it is NaN, and its `eps_root`
 would change all others), which is refused as it happens; and it unties tied weights, has one rate for all parameters
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamem.episodes.executors import fastest
 from metamem.episodes.level import Adapted, Batch, EngineError, EpisodeLevel, InnerOptimizer, Parameters
-from metamem.episodes.parameters import members, prediction, proximal_loss, task_loss
+from metamem.episodes.parameters import members, prediction, proximal_loss, stack_adapted, task_loss
 from metamem.episodes.transforms import Transform
 from metamem.episodes.unroll import unroll
 
@@ -49,10 +50,10 @@ def pair(optimizer: InnerOptimizer) -> Transform:
 
 
 def adapt_meta(module: nn.Module, support: Batch, level: EpisodeLevel) -> Adapted:
-    """Task by task with torchopt's MetaSGD or MetaAdam, which put fast weights into the module itself; it is as it was
+    """Task by task with torchopt's meta-optimizers, which put fast weights into the module itself; it is as it was
     afterwards, also after an exception."""
     parameters = dict(module.named_parameters())
-    fast, buffers, measured = [], [], []
+    found = []
     for inputs, targets in zip(*support, strict=True):
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), restored(module):
             optimizer, losses, moved = _meta_optimizer(module, level), [], {}
@@ -63,16 +64,12 @@ def adapt_meta(module: nn.Module, support: Batch, level: EpisodeLevel) -> Adapte
                     loss = loss + proximal_loss(level.proximal, dict(module.named_parameters()), parameters)
                 if level.optimizer.name != "sgd":
                     now = dict(module.named_parameters())
-                    found = torch.autograd.grad(loss, list(now.values()), create_graph=True, materialize_grads=True)
-                    moved = _moved(dict(zip(now, found, strict=True)), moved)
+                    gradients = torch.autograd.grad(loss, list(now.values()), create_graph=True, materialize_grads=True)
+                    moved = _moved(dict(zip(now, gradients, strict=True)), moved)
                 optimizer.step(loss)
-            fast.append(dict(module.named_parameters()))
-            buffers.append({name: buffer.clone() for name, buffer in module.named_buffers()})
-            measured.append(torch.stack(losses))
-    stacked = stack(fast)
-    if not torch.is_grad_enabled():
-        stacked = {name: value.detach() for name, value in stacked.items()}
-    return Adapted(stacked, stack(buffers), torch.stack(measured, 1))
+            buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+            found.append(Adapted(dict(module.named_parameters()), buffers, torch.stack(losses)))
+    return stack_adapted(found)
 
 
 def refusal_meta(module: nn.Module, level: EpisodeLevel) -> str | None:
@@ -108,11 +105,6 @@ def restored(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-
-
-def stack(tasks: list[Parameters]) -> Parameters:
-    """Tensors of each task, by name, as one with a task axis."""
-    return {name: torch.stack([one[name] for one in tasks]) for name in tasks[0]}
 
 
 def _meta_optimizer(module: nn.Module, level: EpisodeLevel) -> Any:
