@@ -1,6 +1,6 @@
 """Outer objectives: what slow weights, and slow timescales, are trained for.
 
-- `next_token`      a loss per token
+- `next_token`, `bits`   losses per token, of its symbol or of its bits
 - `router_balance`, `router_z`, `update_budget`   of what routers measure, as their parameters' names say: `gates`,
   `logits` and `costs` (`metamem.routing`); each adds the mean over all routers
 """

@@ -39,11 +39,11 @@ class HubNetwork(Stateful, PyTorchModelHubMixin):
         return made
 
     def init_state(self, batch: int) -> State:
-        """That of the network."""
+        """The network's state before a stream's first token."""
         return self.network.init_state(batch)
 
     def forward(self, x: Any, state: State | None = None) -> Out:
-        """That of the network."""
+        """The network's output for x [batch, time] or [batch, time, dim], and its state after."""
         return self.network(x, state)
 
 

@@ -8,6 +8,8 @@
 - `fallback`      the model as trained beside the one that adapts: when it runs, when it takes over
 - `hugging_face`  causal language models of `transformers`
 - `stream`        bytes of files, folders and pipes, as they arrive
+- `opening`       what a folder holds that a session can adapt; `saved`: a session as a file
+- `live`          what a person sees of a session on a stream
 """
 
 from metamem.adaptation.guards import Refusal

@@ -97,7 +97,7 @@ class CausalLM(Stateful):
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer of a cache is keys and values of all tokens, and nothing else."""
+    """Whether a layer of a cache, after one token, is keys and values of all tokens, and nothing else."""
     keys = getattr(layer, "keys", None)
     return isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[2] == 1 and not layer.is_sliding
 

@@ -144,10 +144,14 @@ def _needs(resources: ResourcesConfig) -> dict[str, float]:
     return {name: amount for name, amount in named.items() if amount}
 
 
+def _machines(ray: Any) -> list[dict[str, float]]:
+    """What each machine that is now in the cluster has of every resource."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _check_room(ray: Any, resources: ResourcesConfig) -> None:
     """Raises ConfigError where no machine of the cluster has room for a cell: Ray would wait for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needs = _needs(resources)
+    nodes, needs = _machines(ray), _needs(resources)
     if not any(all(node.get(name, 0) >= amount for name, amount in needs.items()) for node in nodes):
         wanted = ", ".join(f"{name} {amount:g}" for name, amount in needs.items())
         there = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in needs) for node in nodes)
@@ -158,7 +162,7 @@ def _room(ray: Any, sweep: Sweep) -> int:
     """Cells at once: as many as asked for, or as the cluster that it is now has room for."""
     if sweep.workers:
         return sweep.workers
-    nodes, needs = [node["Resources"] for node in ray.nodes() if node["Alive"]], _needs(sweep.resources)
+    nodes, needs = _machines(ray), _needs(sweep.resources)
     return max(1, sum(min(int(node.get(name, 0) / amount) for name, amount in needs.items()) for node in nodes))
 
 
