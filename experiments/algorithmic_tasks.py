@@ -2,7 +2,8 @@
 
 A cell (task, row, seed) is a training of the task's own number of updates, stated below, the same for all rows: at most
 30 minutes on one thread of a desktop CPU. Printed, for each task and row: the accuracy of the answers at the largest
-size that is trained and at each beyond, mean over seeds, and minutes. Figure: accuracy along training, a panel a task.
+size that is trained, a seed beside the other, and at each beyond, mean over seeds; minutes. Figure: accuracy along
+training, a panel a task.
 """
 
 from __future__ import annotations

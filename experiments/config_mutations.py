@@ -61,8 +61,9 @@ def get(tree: Tree, path: Path) -> Tree:
 
 
 def _put(tree: Tree, path: Path, value: Tree) -> Tree:
-    if path:
-        get(tree, path[:-1])[path[-1]] = value
+    if not path:
+        return value
+    get(tree, path[:-1])[path[-1]] = value
     return tree
 
 
@@ -95,11 +96,7 @@ def _rename(tree: Tree, random: Random) -> Tree:
         return tree
     parent, key = get(tree, path[:-1]), path[-1]
     wrong = _misspelt(str(key), random)
-    return (
-        _put(tree, path[:-1], {(wrong if name == key else name): value for name, value in parent.items()})
-        if (len(path) > 1)
-        else {(wrong if name == key else name): value for name, value in tree.items()}
-    )
+    return _put(tree, path[:-1], {(wrong if name == key else name): value for name, value in parent.items()})
 
 
 def _misspelt(word: str, random: Random) -> str:

@@ -113,10 +113,16 @@ def read(path: Path) -> Any:
 
 def _host(name: str, trees: dict[str, Any]) -> str:
     """What is loaded for a file: itself, the first config that extends it, or one that is made for it."""
-    if str(Path(name).parent).replace(".", "") in WHOLE or "base" in trees[name]:
+    if _is_whole(name) or "base" in trees[name]:
         return name
-    whole = [other for other in trees if str(Path(other).parent).replace(".", "") in WHOLE]
-    return next((other for other in whole if name in _extended(other, trees)), f"with_{Path(name).name}")
+    return next(
+        (other for other in trees if _is_whole(other) and name in _extended(other, trees)), f"with_{Path(name).name}"
+    )
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a file of the folder is a config by itself, and no fragment."""
+    return str(Path(name).parent).replace(".", "") in WHOLE
 
 
 def _extended(name: str, trees: dict[str, Any]) -> set[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from metamem.analysis.ablation import run_ablation
+from metamem.analysis.ablation import AblationProgress, run_ablation
 from metamem.analysis.plan import Cell, Plan
 from metamem.analysis.results import Result
 from metamem.config import Config, load_config, to_dict
@@ -78,8 +78,8 @@ def run_cells(name: str, cells: Mapping[str, Sequence[Cell]], processes: int) ->
     order = sorted((cell for row in cells.values() for cell in row), key=lambda cell: cell.seed)
     plan = Plan(name, "", "", None, tuple(order), sorted({cell.seed for cell in order}))
 
-    def told(progress: object) -> None:
-        last = getattr(progress, "last", None)
+    def told(progress: AblationProgress) -> None:
+        last = progress.last
         if last is not None:
             print(
                 f"{last.cell}, seed {last.seed}: {last.status} in {last.cost.get('seconds', 0.0) / 60:.1f} minutes",

@@ -5,13 +5,13 @@ nothing for long, until it finds the right pair: before, it names any of the tar
 time in four. That is the plateau. Rows:
 
     MNM-g, raw            the paper's wiring: embeddings, which are small, go straight to the controller
-    … + reconstruction    the same with the paper's meta-objective: the reconstruction before and after each write
-    … + norm              the same, and the outer loss asks for large written values: −0.03 mean ‖v^w‖
+    … + reconstruction    raw, with the paper's meta-objective: the reconstruction before and after each write
+    … + norm              raw, and the outer loss asks for large written values: −0.03 mean ‖v^w‖
     MNM-g                 inputs of size one, by a norm before the controller, as every row below has them
     MNM-g, alike          and read keys start as the same map of h as write keys, four times as large
     LSTM, LSTM + attention
 
-and the same of MNM-p.
+and MNM-p: raw, plain, alike.
 
 Each cell (row, seed) trains until it translates 99 % of the evaluation episodes of four pairs, or for `--updates`. What
 it measured on the way is a JSONL file under runs/mnm_dictionary_cells/, so that a study that was stopped goes on.
@@ -276,8 +276,8 @@ def main() -> int:
     updates, every = (20, 10) if study.smoke else (chosen.updates, chosen.every)
     cells = {name: [Cell(name, seed, updates, every, size) for seed in study.seeds] for name in chosen.rows}
     # Seed by seed, so that a study that is stopped has every row that counts.
-    order = sorted((METHODS[row].other, seed, number) for number, row in enumerate(cells) for seed in study.seeds)
-    missing = [cell for _, seed, number in order if not (cell := list(cells.values())[number][seed]).rows()]
+    order = sorted((cell for row in cells.values() for cell in row), key=lambda c: (METHODS[c.method].other, c.seed))
+    missing = [cell for cell in order if not cell.rows()]
     with ProcessPoolExecutor(chosen.processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(run_cell, missing))
     runs = {name: [cell.rows() for cell in row] for name, row in cells.items()}
