@@ -433,11 +433,10 @@ class Session:
 def _objectives(config: Config | AdaptConfig) -> Objectives:
     """The loss per token of a stream: that of the first outer level which has one; of an inner one without any."""
     objectives, levels = resolve_objectives(config), config.hierarchy.levels
-    candidates = [level for level in levels if level.outer] or [level for level in levels if level.clock == "inner"]
-    found = next((objectives[level.name] for level in candidates if objectives[level.name]), None)
+    outer = [level for level in levels if level.outer] or [level for level in levels if level.clock == "inner"]
+    found = next((objectives[level.name] for level in outer if objectives[level.name]), None)
     if found is None:
-        which = "inner" if any(level.clock == "inner" for level in candidates) else "outer"
-        raise (config.hierarchy.where / "levels").error(f"no {which} level has an objective that is a loss per token")
+        raise (config.hierarchy.where / "levels").error("no outer level has an objective that is a loss per token")
     return found
 
 
