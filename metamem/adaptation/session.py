@@ -424,10 +424,11 @@ class Session:
         falls = self.standing.falls + 1
         if self.shadow is not None:
             self.state = self.shadow
-        self._restart(home=True)
         self.standing = replace(self.standing, lead=0.0, ahead=0.0, calm=0, falls=falls, service=0)
         if falls >= FALLS and self.adaptation.guards is not None:
             self._rest(home=True)
+        else:
+            self._restart(home=True)
 
 
 def _objectives(config: Config | AdaptConfig) -> Objectives:
