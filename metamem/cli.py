@@ -86,6 +86,14 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path}: cannot be written: {folder} is no folder that can be written to")
 
 
+def check_gpu() -> None:
+    """Raise a `UserError` where torch finds no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU; leave it out to run on the CPU")
+
+
 def check_drawable(path: Path) -> None:
     """Raise a `UserError` for a drawing that could not be written, or not as its suffix says."""
     check_writable(path)
@@ -205,6 +213,7 @@ def adapt(
     save_state: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the session at the end, or at Ctrl-C.")
     ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the model runs.")] = "cpu",
 ) -> None:
     """Stream text through a model that goes on learning from it, as it arrives; prints bits per byte along the way."""
     from metamem.adaptation.live import watch
@@ -215,7 +224,10 @@ def adapt(
     register_shipped()
     for path in filter(None, (save_state, jsonl)):
         check_writable(path)
+    if device == "cuda":
+        check_gpu()
     model, resolved, tokens = open_model(folder, config, overrides or [])
+    model.to(device)
     session = Session(model, resolved, inner=not frozen, writing=not frozen)
     source = Source(text, session.loop.piece or 512)
     if load_state is not None:

@@ -13,6 +13,7 @@ State goes in and comes out, is never mutated, and no module keeps it:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +38,12 @@ class StateError(UserError):
 
 class Stateful(nn.Module):
     """A module with a state that goes in and comes out. Stateless modules inherit the empty state."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; the CPU for a module without any."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     def init_state(self, batch: int) -> State:
         """A fresh state for `batch` rows; `{}` for a stateless module."""
@@ -131,8 +138,8 @@ def save_state(state: State, path: Path, metadata: dict[str, str] | None = None)
         raise StateError(f"{path}: cannot be written: {error}") from error
 
 
-def load_state(path: Path) -> tuple[State, dict[str, str]]:
-    """Reads a state and its metadata. Raises StateError where the file is missing, damaged or foreign."""
+def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[State, dict[str, str]]:
+    """A state, on a device, and its metadata. Raises StateError where the file is missing, damaged or foreign."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = cast(dict[str, str], dict(file.metadata() or {}))
@@ -150,7 +157,7 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
     if found != checksum:
         raise StateError(f"{path}: the checksum of the state file is wrong: it was damaged after it was written")
     del metadata["keys"]
-    return unflatten(flat), metadata
+    return tree_map(lambda tensor: tensor.to(device), unflatten(flat)), metadata
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -142,10 +142,10 @@ class Products:
         """Multiplications and additions of all products."""
         return sum(2 * b * n * k * m * count for (b, n, k, m), count in self.shapes(tokens, backward).items())
 
-    def runs(self, tokens: int, backward: bool) -> list[Callable[[], None]]:
+    def runs(self, tokens: int, backward: bool, device: str) -> list[Callable[[], None]]:
         """All products, once by each of the libraries that torch has."""
         operands = [
-            (torch.randn(batch, n, k), torch.randn(batch, k, m), torch.empty(batch, n, m), count)
+            (*(torch.randn(batch, *size, device=device) for size in ((n, k), (k, m), (n, m))), count)
             for (batch, n, k, m), count in self.shapes(tokens, backward).items()
         ]
 
@@ -161,7 +161,7 @@ class Products:
                     for x, y in zip(a, b, strict=True):
                         linear(x, y.mT, None, "none", [], "")
 
-        return [bmm, onednn] if torch.backends.mkldnn.is_available() else [bmm]
+        return [bmm, onednn] if device == "cpu" and torch.backends.mkldnn.is_available() else [bmm]
 
 
 MAKERS: dict[str, Callable[[], nn.Module | Products]] = {
@@ -177,14 +177,15 @@ for _name, _heads in HEADS.items():
     MAKERS[f"{_name}, token"] = lambda heads=_heads: mlp(heads, 1)
 
 
-def measure(name: str, tokens: int, compiled: bool, repeats: int) -> dict[str, float]:
+def measure(name: str, tokens: int, compiled: bool, repeats: int, device: str = "cpu") -> dict[str, float]:
     """Best seconds of a forward and of a forward+backward, and the peak memory that they took, in MiB."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     module = MAKERS[name]()
     if isinstance(module, Products):
-        return {what: min(best(run, repeats) for run in module.runs(tokens, what != "forward")) for what in PASSES}
-    return measure_module(module, BATCH, tokens, WIDTH, compiled, repeats)
+        every = {what: module.runs(tokens, what != "forward", device) for what in PASSES}
+        return {what: min(best(run, repeats, device) for run in runs) for what, runs in every.items()}
+    return measure_module(module, BATCH, tokens, WIDTH, compiled, repeats, device)
 
 
 def contenders(smoke: bool) -> list[Key]:

@@ -51,7 +51,7 @@ class CausalLM(Stateful):
         if self.cache is None:
             raise refused
         with torch.no_grad():
-            logits, layers = self._run(torch.zeros(1, 1, dtype=torch.long), None)
+            logits, layers = self._run(torch.zeros(1, 1, dtype=torch.long, device=self.device), None)
         if not layers or not all(_is_plain(layer) for layer in layers):
             raise refused
         self.dim_out: int = logits.shape[-1]
@@ -60,10 +60,10 @@ class CausalLM(Stateful):
     def init_state(self, batch: int) -> State:
         """No token read: every axis of tokens is empty, and grows up to the context."""
         empty = {
-            name: {str(i): layer[which].repeat(batch, 1, 1, 1) for i, layer in enumerate(self.layers)}
+            name: {str(i): layer[which].to(self.device).repeat(batch, 1, 1, 1) for i, layer in enumerate(self.layers)}
             for which, name in enumerate(("keys", "values"))
         }
-        return {"tokens": torch.zeros(batch, 0, dtype=torch.long), **empty}
+        return {"tokens": torch.zeros(batch, 0, dtype=torch.long, device=self.device), **empty}
 
     def forward(self, x: Int[Tensor, "batch time"], state: State | None = None) -> Out:
         """The logits [batch, time, vocabulary] of the tokens after each, and the cache."""
@@ -83,7 +83,7 @@ class CausalLM(Stateful):
                 "values": {str(i): layer.values for i, layer in enumerate(layers)},
             }
             start += part.shape[1]
-        y = torch.cat(logits, 1) if logits else torch.zeros(*x.shape, self.dim_out)
+        y = torch.cat(logits, 1) if logits else torch.zeros(*x.shape, self.dim_out, device=self.device)
         return Out(y, state, {})
 
     def _run(self, tokens: Tensor, state: State | None) -> tuple[Tensor, Sequence[Any]]:

@@ -42,7 +42,7 @@ def save_session(session: Session, path: Path) -> None:
 
 def load_session(session: Session, path: Path) -> None:
     """The session goes on where the saved one stopped. Raises StateError, and changes nothing, if it cannot."""
-    state, metadata = load_state(path)
+    state, metadata = load_state(path, session.device)
     fresh = carried(session) | {"state": session.model.init_state(session.batch), "last": {}}
     if "shadow" in fresh:
         fresh["shadow"] = fresh["state"]

@@ -152,7 +152,8 @@ class Session:
         raises UserError, the session as it was before the piece.
         """
         self._check(tokens)
-        losses = [torch.empty(self.batch, 0)]
+        tokens = tokens.to(self.device)
+        losses = [torch.empty(self.batch, 0, device=self.device)]
         frozen, made, start, self._noted = [losses[0]], self.updates, 0, []
         while start < tokens.shape[1]:
             piece, learning = tokens[:, start : start + self._room()], self._learning
@@ -168,7 +169,7 @@ class Session:
     def predict(self) -> Float[Tensor, "batch vocabulary"]:
         """The distribution of the next token, given all before it. Nothing changes, and nothing is learned."""
         if self.last is None:
-            return torch.full((self.batch, self.vocabulary), 1 / self.vocabulary)
+            return torch.full((self.batch, self.vocabulary), 1 / self.vocabulary, device=self.device)
         with writing(self.model, self.writing):
             inner = Carried(self._fast, self._state_here(self.state))
             found = self.loop.read(self.last, self.last, inner, ())[0].y[:, -1].softmax(-1)
@@ -192,6 +193,11 @@ class Session:
             self.state_bytes,
             min([self.adaptation.piece, *periods]) if periods else 0,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and what the session gives; tokens may come from anywhere."""
+        return self.model.device
 
     @property
     def resting(self) -> bool:
@@ -276,7 +282,7 @@ class Session:
         state, last = self._state_here(state), self.last
         inputs = part[:, :-1] if last is None else torch.cat([last, part[:, :-1]], 1)
         targets = part[:, 1:] if last is None else part
-        first = [torch.full((self.batch, 1), math.log(self.vocabulary))] if last is None else []
+        first = [self._unknown()] if last is None else []
         if inputs.shape[1] == 0:
             return Reading(torch.cat(first, 1), state, {}, part.shape[1])
         with torch.no_grad(), writing(self.model, self.writing):
@@ -308,8 +314,12 @@ class Session:
         self._note("", "input not finite", math.nan, math.inf)
         self.last = part
         self.position += 1
-        losses = torch.full((self.batch, 1), math.log(self.vocabulary))
+        losses = self._unknown()
         return losses, losses if self.standing.mode != "asleep" else torch.full_like(losses, math.nan)
+
+    def _unknown(self) -> Tensor:
+        """The loss of a token that nothing is known of."""
+        return torch.full((self.batch, 1), math.log(self.vocabulary), device=self.device)
 
     # Learning
 
