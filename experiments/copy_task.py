@@ -8,10 +8,13 @@ sequences that it took to come to 0.01 bits at every length from 1 to 8 (> what 
 that are left at the worst of these lengths, the share of sequences copied without an error at 16, 32 and 64, and
 minutes. Figure: bits per sequence along training, a line a seed.
 
-All slot memories have as many slots as the longest copy needs. The DNC is there twice: as released, with an LSTM; and
-as it copies lengths that it was never trained on, with a controller that cannot count steps, gates that are nearly
-decisions, sharpened links (Csordás and Schmidhuber 2019) and slots that stay in use. Budget: 2,000 updates of 32
-sequences a cell, which are one to five minutes on one thread of a desktop CPU.
+A memory has no weights for its slots: it is trained with a slot for every token of its longest sequence, and tested
+with more, one for every token of that. With fewer it would overwrite: a DNC goes on writing while it recalls, since
+nothing in its training told it not to. The DNC is there twice: as released, with an LSTM; and as it copies lengths that
+it was never trained on, with a controller that cannot count steps, gates that are nearly decisions, sharpened links
+(Csordás and Schmidhuber 2019), slots that stay in use, and content addressing among the two most similar slots, which
+is not diluted by more of them. Budget: 2,000 updates of 32 sequences a cell, which are one to four minutes on one
+thread of a desktop CPU.
 """
 
 from __future__ import annotations
@@ -19,17 +22,22 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
+import torch
 from matplotlib import pyplot
 
 from experiments.memory_rows import ROWS, Row, cell_of, run_cells
+from metamem import build, build_task, load_run
 from metamem.analysis import Claim, Study, open_study
 from metamem.analysis.plan import Cell
 from metamem.analysis.results import Result
 
+NAME = "copy_task"
+EXAMPLES = 64  # sequences of each length that is tested
 SOLVED = 0.01  # bits per sequence
 BATCH, RATE = 32, 3e-3
 OBJECTIVE = "hierarchy.levels.task.objective={losses.outer.bits: 1.0}"
@@ -40,6 +48,7 @@ LONG = (
     "vars.memory.gate=steep_sigmoid",
     "vars.memory.sharp_links=true",
     "vars.memory.freeing=false",
+    "vars.memory.top_k=2",
 )
 COPIERS = {"DNC": replace(ROWS["DNC"], overrides=(*ROWS["DNC"].overrides, *LONG)), RELEASED.name: RELEASED}
 COPIERS |= {name: row for name, row in ROWS.items() if name != "DNC"}
@@ -58,18 +67,42 @@ class Lengths:
         return range(1, self.longest + 1)
 
 
+def room(length: int) -> int:
+    """Slots for every token of a copy, and a few: in eights."""
+    return 8 * (tokens(length) // 8 + 1)
+
+
+def tokens(length: int) -> int:
+    """Of a copy: it is shown and told, each with a mark before it."""
+    return 2 * length + 2
+
+
 WHOLE, SMALL = Lengths(8, (16, 32, 64)), Lengths(2, (3, 4))
 
 
-def cell(row: Row, seed: int, steps: int, every: int, lengths: Lengths, examples: int) -> Cell:
-    """A row's training."""
-    tested = [*lengths.trained[:-1], *lengths.beyond]
+def cell(row: Row, seed: int, steps: int, every: int, lengths: Lengths) -> Cell:
+    """A row's training, in which the lengths that are trained are measured."""
+    return _cell(row, seed, steps, every, lengths, lengths.trained[:-1], room(lengths.longest))
+
+
+def exam(of: Cell, row: Row, lengths: Lengths) -> dict[str, float]:
+    """What a trained cell makes of the lengths beyond, where it has a slot for every token of the longest."""
+    training = of.config.training
+    every = training.evaluate_every or training.steps
+    larger = _cell(row, of.seed, training.steps, every, lengths, lengths.beyond, room(max(lengths.beyond)))
+    model, task = build(larger.config), build_task(larger.config)
+    model.load_state_dict(load_run(Path("runs") / f"{NAME}_cells" / "cells" / of.slug)[0].state_dict())
+    with torch.no_grad():
+        return task.evaluate(lambda inputs, targets: model.eval()(inputs).y)
+
+
+def _cell(row: Row, seed: int, steps: int, every: int, lengths: Lengths, tested: Sequence[int], slots: int) -> Cell:
     overrides = [
         OBJECTIVE,
         f"task.lengths=[1, {lengths.longest}]",
-        f"task.tested={tested}",
-        f"task.examples={examples}",
-        f"training.length={2 * lengths.longest + 2}",
+        f"task.tested={list(tested)}",
+        f"task.examples={EXAMPLES}",
+        f"training.length={tokens(lengths.longest)}",
         f"training.batch={BATCH}",
         f"hierarchy.levels.task.optimizer.lr={RATE}",
         "training.schedule=cosine",
@@ -77,7 +110,7 @@ def cell(row: Row, seed: int, steps: int, every: int, lengths: Lengths, examples
         f"training.evaluate_every={every}",
     ]
     if row.preset in SLOTS:
-        overrides.append(f"vars.memory.slots={max(lengths.beyond) + 16}")
+        overrides.append(f"vars.memory.slots={slots}")
     return cell_of(row, "numbers", "copy", overrides, seed)
 
 
@@ -92,13 +125,13 @@ class Summary:
     minutes: float
 
 
-def summary(result: Result, lengths: Lengths) -> Summary:
-    """Of a cell's measurements; one that did not finish solved nothing."""
+def summary(result: Result, examined: Mapping[str, float], lengths: Lengths) -> Summary:
+    """Of what was measured in a cell's training, and of its exam; one that did not finish solved nothing."""
     if result.status != "done":
         return Summary(None, float("inf"), dict.fromkeys(lengths.beyond, 0.0), result.cost.get("seconds", 0.0) / 60)
     steps, worst = worst_bits(result, lengths)
     first = next((step for step, bits in zip(steps, worst, strict=True) if bits <= SOLVED), None)
-    exact = {length: float(result.metrics[f"exact/length-{length}"] or 0.0) for length in lengths.beyond}
+    exact = {length: examined[f"exact/length-{length}"] for length in lengths.beyond}
     return Summary(None if first is None else BATCH * first, worst[-1], exact, result.cost["seconds"] / 60)
 
 
@@ -181,15 +214,16 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Trains the cells that are not there yet, then reports on all."""
-    study = open_study("copy_task", "Memories on copy.", seeds=5, options=options)
+    study = open_study(NAME, "Memories on copy.", seeds=5, options=options)
     chosen, lengths = study.options, SMALL if study.smoke else WHOLE
-    steps, every, examples = (6, 3, 4) if study.smoke else (chosen.steps, chosen.every, 64)
-    cells = {
-        name: [cell(COPIERS[name], seed, steps, every, lengths, examples) for seed in study.seeds]
-        for name in chosen.rows
-    }
-    runs = run_cells("copy_task", cells, chosen.processes)
-    found = {name: [summary(result, lengths) for result in row] for name, row in runs.items()}
+    steps, every = (6, 3) if study.smoke else (chosen.steps, chosen.every)
+    cells = {name: [cell(COPIERS[name], seed, steps, every, lengths) for seed in study.seeds] for name in chosen.rows}
+    runs = run_cells(NAME, cells, chosen.processes)
+    found: dict[str, list[Summary]] = {name: [] for name in runs}
+    for name, row in runs.items():
+        for of, result in zip(cells[name], row, strict=True):
+            examined = exam(of, COPIERS[name], lengths) if result.status == "done" else {}
+            found[name].append(summary(result, examined, lengths))
     tables(study, found, lengths, steps)
     figure(study.folder / "learning.png", runs, lengths)
     return study.verdict(claims(found, lengths))
