@@ -30,6 +30,15 @@ def test_a_measurement_has_seconds_memory_and_the_size_of_the_state(rules):
     assert rules.measure("projections", 64, compiled=False, repeats=1).keys() == set(found) - {"state"}
 
 
+def test_the_longest_call_is_timed_in_turn_with_the_shortest_and_all_that_it_writes_counts(rules, monkeypatch):
+    monkeypatch.setattr(rules, "LENGTHS", (16, 64))
+    assert rules.measure("lact", 64, compiled=False, repeats=1)["growth"] > 0
+    memory = rules.memory("lact", compiled=False)  # one chunk: what it writes no token reads
+    rules.learn(memory, torch.randn(1, 16, rules.WIDTH))
+    gradient = memory.writer.values.weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_step_of_sam_is_measured_beside_its_state(slots, full):
     found = slots.measure_sam(1024, full, rounds=1)

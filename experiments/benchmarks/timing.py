@@ -2,10 +2,6 @@
 
 In a process the best of some calls counts, as a shared machine only ever slows things down. What is claimed is the
 median over rounds of the ratio in a round, since a process may be lucky in how its memory is laid out.
-
-Contenders keep the memory that they free (`KEPT`), as with the allocators of GPUs, jemalloc and tcmalloc. Left alone,
-glibc gives every tensor of more than 32 MiB back to the system, which clears its pages when it is asked for the next:
-four projections alone then cost 1.3 to 1.5 times as much a token at 4 × 8192 as at 4 × 1024; kept, 1.0 to 1.2.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +23,6 @@ from torch import Tensor, nn
 
 from metamem.analysis import Study
 
-KEPT = ":".join(f"glibc.malloc.{name}={size}" for name, size in (("mmap_threshold", 2**32), ("trim_threshold", 2**34)))
 PASSES = ("forward", "forward+backward")
 Key = tuple[str, int, bool]  # maker, tokens, compiled
 
@@ -118,8 +113,9 @@ class Results:
         return max((one[key]["peak"] for one in self.rounds if "peak" in one[key]), default=None)
 
 
-def run_all(study: Study, script: str, keys: Sequence[Key]) -> Results:
-    """Every contender in a process of its own (`script --one SPEC` prints its figures), some rounds."""
+def run_all(study: Study, script: str, keys: Sequence[Key], environment: Mapping[str, str] | None = None) -> Results:
+    """Every contender in a process of its own (`script --one SPEC` prints its figures), some rounds; `environment`:
+    what is added to its variables."""
     rounds, repeats = (1, 1) if study.smoke else (study.options.rounds, study.options.repeats)
     found: list[dict[Key, dict[str, float]]] = []
     for turn in range(rounds):
@@ -129,8 +125,8 @@ def run_all(study: Study, script: str, keys: Sequence[Key]) -> Results:
             print(f"\rround {turn + 1}/{rounds}: {name} {tokens} {'compiled' if compiled else 'eager':40}", end="\r")
             spec = {"name": name, "tokens": tokens, "compiled": compiled, "repeats": repeats}
             command = [sys.executable, script, "--one", json.dumps({**spec, "device": study.options.device})]
-            kept = {**os.environ, "GLIBC_TUNABLES": KEPT}
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=kept)
+            variables = {**os.environ, **(environment or {})}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
             if done.returncode:
                 sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
             found[-1][key] = json.loads(done.stdout.splitlines()[-1])
