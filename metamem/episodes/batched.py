@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,7 +56,9 @@ def has_rule(module: nn.Module) -> bool:
     )
 
 
-def run(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
+def run(
+    module: nn.Module, parameters: Parameters, x: Shaped[Tensor, "tasks *features"]
+) -> Shaped[Tensor, "tasks *out"]:
     """A module, or a part of one, by its rule."""
     return RULES[type(module)](module, parameters, x)
 
@@ -67,7 +70,9 @@ def part(parameters: Parameters, name: str) -> Parameters:
 
 
 @rule(nn.Sequential)
-def sequential(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
+def sequential(
+    module: nn.Module, parameters: Parameters, x: Shaped[Tensor, "tasks *features"]
+) -> Shaped[Tensor, "tasks *out"]:
     """One child after the other."""
     for name, child in module._modules.items():  # named_children names a child that comes twice once
         assert child is not None
@@ -76,7 +81,9 @@ def sequential(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
 
 
 @rule(nn.Linear)
-def linear(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
+def linear(
+    module: nn.Module, parameters: Parameters, x: Float[Tensor, "tasks *examples d_in"]
+) -> Float[Tensor, "tasks *examples d_out"]:
     """x Wᵀ + b, for all tasks in one product."""
     weight, bias = parameters["weight"], parameters.get("bias")
     if weight.dim() == 2:
@@ -91,7 +98,9 @@ def linear(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
 
 
 @rule(nn.LayerNorm)
-def layer_norm(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
+def layer_norm(
+    module: nn.Module, parameters: Parameters, x: Float[Tensor, "tasks *features"]
+) -> Float[Tensor, "tasks *features"]:
     """(x − mean) / deviation ⊙ gain + shift."""
     assert isinstance(module, nn.LayerNorm)
     shape, eps = list(module.normalized_shape), module.eps
@@ -104,7 +113,9 @@ def layer_norm(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
 
 
 @rule(nn.Flatten)
-def flatten(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
+def flatten(
+    module: nn.Module, parameters: Parameters, x: Shaped[Tensor, "tasks *features"]
+) -> Shaped[Tensor, "tasks *flat"]:
     """Axes counted without that of the tasks."""
     assert isinstance(module, nn.Flatten)
     start, end = (axis + 1 if axis >= 0 else axis for axis in (module.start_dim, module.end_dim))
@@ -149,7 +160,9 @@ def _signal(objectives: Objectives, pred: Tensor, target: Tensor) -> Tensor | No
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
-def predict(module: nn.Module, fast: Parameters, buffers: Parameters, inputs: Tensor) -> Tensor:
+def predict(
+    module: nn.Module, fast: Parameters, buffers: Parameters, inputs: Shaped[Tensor, "tasks examples *features"]
+) -> Float[Tensor, "tasks examples *out"]:
     """Predictions of all tasks."""
     return run(module, every_name(module, {**shared(module, fast), **fast}), inputs)
 

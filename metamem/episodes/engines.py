@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from metamem.config.errors import suggest
@@ -69,7 +70,9 @@ def adapt(module: nn.Module, support: Batch, level: EpisodeLevel) -> Adapted:
     return _function(level.engine, ENGINES[level.engine].adapt)(module, support, level)
 
 
-def predict(module: nn.Module, adapted: Adapted, inputs: Tensor, level: EpisodeLevel) -> Tensor:
+def predict(
+    module: nn.Module, adapted: Adapted, inputs: Shaped[Tensor, "tasks examples *features"], level: EpisodeLevel
+) -> Float[Tensor, "tasks examples *out"]:
     """The predictions of each task's adapted module, inputs and predictions [tasks, examples, …]."""
     return executor(module, level).predict(module, adapted.fast, adapted.buffers, inputs)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from metamem.episodes.learner import Learner
@@ -30,7 +31,7 @@ class Estimate:
     tasks: int
 
     @classmethod
-    def of(cls, values: Tensor) -> Estimate:
+    def of(cls, values: Float[Tensor, "tasks"]) -> Estimate:
         """The estimate from the figure of each task."""
         values, count = values.double(), len(values)
         if count < 2:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metamem.episodes.level import Losses
 from metamem.episodes.rates import layout
 from metamem.gating import binary, dense, top_k
 from metamem.hierarchy.rates import RatesPer
@@ -65,7 +66,7 @@ class RateRouter(nn.Module):
         if input == "task":
             self.weights = nn.Parameter(torch.zeros(1 + len(parameters), self.layout.size, choices))
 
-    def forward(self, step: int, losses: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, step: int, losses: Float[Tensor, "*tasks"], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The multiplier of each parameter's rate, which broadcasts against [tasks, *shape]."""
         factors = self.gates(losses, gradients) @ self.experts
         if not self.reads_gradients:
@@ -73,7 +74,9 @@ class RateRouter(nn.Module):
         parts = zip(self.ranks.items(), self.layout.parts, strict=True)
         return {name: factors[:, part].view(-1, *(1,) * rank) for (name, rank), part in parts}
 
-    def gates(self, losses: Tensor, gradients: Mapping[str, Tensor]) -> Float[Tensor, "*tasks units choices"]:
+    def gates(
+        self, losses: Float[Tensor, "*_tasks"], gradients: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*tasks units choices"]:
         """The gates of each unit over the experts and hold; of a task, where they read it."""
         logits = self.logits
         if self.reads_gradients:
@@ -84,7 +87,9 @@ class RateRouter(nn.Module):
         return dense(logits) if self.kind == "dense" else binary(logits)
 
 
-def task_features(losses: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+def task_features(
+    losses: Losses, gradients: Sequence[Float[Tensor, "tasks *_shape"]]
+) -> Float[Tensor, "tasks features"]:
     """log of the support loss and of the norm of each gradient, [tasks, 1 + gradients]."""
     squares = [losses.square(), *(gradient.flatten(1).square().sum(1) for gradient in gradients)]
     return 0.5 * (torch.stack(squares, 1) + FLOOR).log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from metamem.config import ConfigError, group_members, resolve_objectives
@@ -37,7 +38,7 @@ class Learner(nn.Module):
         """Fast parameters after `steps` updates, those of the level where not given."""
         return adapt(self.module, support, self._level(steps))
 
-    def forward(self, episode: Episode, steps: int | None = None) -> Tensor:
+    def forward(self, episode: Episode, steps: int | None = None) -> Float[Tensor, "tasks examples *out"]:
         """Predictions for the query set, [tasks, examples, …]."""
         return predict(self.module, self.adapt(episode.support, steps), episode.query.inputs, self._level(steps))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from metamem.episodes.level import Batch, Losses, Parameters
@@ -30,7 +31,9 @@ def gradients(
     return torch.stack(losses), stacked, stack(after)
 
 
-def predict(module: nn.Module, fast: Parameters, buffers: Parameters, inputs: Tensor) -> Tensor:
+def predict(
+    module: nn.Module, fast: Parameters, buffers: Parameters, inputs: Shaped[Tensor, "tasks examples *features"]
+) -> Float[Tensor, "tasks examples *out"]:
     """Predictions task by task."""
     slow = shared(module, fast)
     found = []

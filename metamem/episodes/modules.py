@@ -60,7 +60,9 @@ class ContextPerceptron(nn.Module):
 
 
 @rule(ContextPerceptron)
-def context_perceptron(module: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
+def context_perceptron(
+    module: nn.Module, parameters: Parameters, x: Float[Tensor, "tasks examples features"]
+) -> Float[Tensor, "tasks examples out"]:
     """The same with the context of each task."""
     context = parameters["context"]
     context = context[:, None] if context.dim() == 2 else context

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,7 +44,9 @@ def shared(module: nn.Module, fast: Container[str]) -> Parameters:
     return {name: parameter for name, parameter in module.named_parameters() if name not in fast}
 
 
-def call(module: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+def call(
+    module: nn.Module, parameters: Mapping[str, Tensor], inputs: Shaped[Tensor, "examples *features"]
+) -> Float[Tensor, "examples *out"]:
     """The module's prediction with these parameters and buffers in the place of its own; buffers are changed in place.
 
     Attention takes the plain kernel, the only one that can be differentiated twice.
@@ -65,24 +68,28 @@ def every_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Parameters:
     return {place: tensors[first[id(own)]] for place, own in places.items() if first[id(own)] in tensors}
 
 
-def prediction(output: Tensor | Out) -> Tensor:
+def prediction(output: Float[Tensor, "examples *out"] | Out) -> Float[Tensor, "examples *out"]:
     """What a module predicts; a metamem module gives its state and measurements beside it."""
     return output.y if isinstance(output, Out) else output
 
 
-def task_loss(objectives: Objectives, pred: Tensor, target: Tensor) -> Tensor:
+def task_loss(
+    objectives: Objectives, pred: Float[Tensor, "examples *out"], target: Shaped[Tensor, "examples *target"]
+) -> Float[Tensor, ""]:
     """Σ weight · mean of objective(pred, target) over the examples of one task."""
     losses = [weight * objective(pred, target).mean() for objective, weight in objectives.items()]
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
-def task_losses(objectives: Objectives, pred: Tensor, target: Tensor) -> Losses:
+def task_losses(
+    objectives: Objectives, pred: Float[Tensor, "tasks examples *out"], target: Shaped[Tensor, "tasks examples *target"]
+) -> Losses:
     """The loss of each task of a batch of them."""
     losses = [weight * objective(pred, target).flatten(1).mean(1) for objective, weight in objectives.items()]
     return torch.stack(losses).sum(0) if len(losses) > 1 else losses[0]
 
 
-def proximal_loss(strength: float, fast: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
+def proximal_loss(strength: float, fast: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     """λ/2 ‖φ − θ‖² of one task."""
     squares = [(value - start[name]).square().sum() for name, value in fast.items()]
     return 0.5 * strength * torch.stack(squares).sum()
@@ -101,6 +108,6 @@ def stack_adapted(tasks: Sequence[Adapted]) -> Adapted:
     return Adapted(fast, stack([one.buffers for one in tasks]), torch.stack([one.losses for one in tasks], 1))
 
 
-def differentiable(tensor: Tensor) -> Tensor:
+def differentiable(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """A parameter as the inner loop takes it: one that no outer level trains still has a gradient inside."""
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_()

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from metamem.hierarchy.rates import LearnedRates, RatesPer, learned_rates_over
@@ -56,7 +57,9 @@ class Rates(nn.Module):
         """Whether the rates of an update depend on its losses and gradients."""
         return getattr(self.multiplier, "reads_gradients", False)
 
-    def forward(self, step: int, losses: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
+    def forward(
+        self, step: int, losses: Float[Tensor, "*tasks"], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor | float]:
         """The rate of each parameter at update `step`, which broadcasts against [tasks, *shape]."""
         rates = self.at(step)
         if self.multiplier is None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from metamem.config.errors import Where
@@ -36,7 +37,9 @@ class EpisodicTask(Protocol):
         """The evaluation tasks of a seed, the same at all times; none is trained on."""
         ...
 
-    def measure(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def measure(
+        self, pred: Float[Tensor, "tasks examples *out"], target: Shaped[Tensor, "tasks examples *target"]
+    ) -> dict[str, Float[Tensor, "tasks"]]:
         """Figures of each task, [tasks], from predictions and targets [tasks, examples, …]."""
         ...
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from metamem.episodes.level import InnerOptimizer, Parameters
@@ -72,7 +73,9 @@ def adamw(optimizer: InnerOptimizer) -> Transform:
 TRANSFORMS: Mapping[str, Callable[[InnerOptimizer], Transform]] = {"sgd": sgd, "adam": adam, "adamw": adamw}
 
 
-def adam_direction(gradient: Tensor, before: Moments, optimizer: InnerOptimizer) -> tuple[Tensor, Moments]:
+def adam_direction(
+    gradient: Float[Tensor, "*shape"], before: Moments, optimizer: InnerOptimizer
+) -> tuple[Float[Tensor, "*shape"], Moments]:
     """m̂ / (√v̂ + eps) of one tensor. Where v is 0 its root has no slope: the outer gradient through it is taken as 0."""
     beta1, beta2 = optimizer.betas
     count = before.count + 1

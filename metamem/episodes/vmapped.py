@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
@@ -36,7 +37,9 @@ def gradients(
     return losses, found, {name: buffer.detach() for name, buffer in after.items()}
 
 
-def predict(module: nn.Module, fast: Parameters, buffers: Parameters, inputs: Tensor) -> Tensor:
+def predict(
+    module: nn.Module, fast: Parameters, buffers: Parameters, inputs: Shaped[Tensor, "tasks examples *features"]
+) -> Float[Tensor, "tasks examples *out"]:
     """Predictions of all tasks."""
     slow = shared(module, fast)
 
@@ -49,7 +52,9 @@ def predict(module: nn.Module, fast: Parameters, buffers: Parameters, inputs: Te
 
 
 @contextmanager
-def named_errors(module: nn.Module, inputs: Tensor, engine: str = "functional") -> Iterator[None]:
+def named_errors(
+    module: nn.Module, inputs: Shaped[Tensor, "tasks examples *features"], engine: str = "functional"
+) -> Iterator[None]:
     """An error that one task alone does not raise is vmap's own: it says which part of the module it comes from, and
     which engines can."""
     try:

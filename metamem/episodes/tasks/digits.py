@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metamem.episodes.registry import EPISODES
@@ -29,7 +30,9 @@ class Digits(FewShot):
         if shots + query > (fewest := min(map(len, self.images))):
             raise TaskError(f"shots and query are {shots + query} examples of a digit, and there are {fewest}")
 
-    def draw(self, generator: torch.Generator, classes: Tensor, examples: int) -> Tensor:
+    def draw(
+        self, generator: torch.Generator, classes: Int[Tensor, "classes"], examples: int
+    ) -> Float[Tensor, "classes examples 1 8 8"]:
         """Random images of each digit, no image twice."""
         rows = []
         for digit in classes.tolist():
@@ -42,7 +45,7 @@ class Digits(FewShot):
         return f"{self.ways} digits, {self.shots} examples of each: of {trained} in training, of {evaluated} evaluated"
 
 
-def load() -> tuple[Tensor, Tensor]:
+def load() -> tuple[Float[Tensor, "images 1 8 8"], Int[Tensor, "images"]]:
     """The images [1797, 1, 8, 8], in 0 … 1, and their digits."""
     try:
         from sklearn.datasets import load_digits

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metamem.episodes.level import Batch, Episode
@@ -31,8 +32,10 @@ class FewShot(ABC):
         self.trained, self.evaluated = trained, evaluated
 
     @abstractmethod
-    def draw(self, generator: torch.Generator, classes: Tensor, examples: int) -> Tensor:
-        """Examples of each of the classes [many]: [many, examples, …]."""
+    def draw(
+        self, generator: torch.Generator, classes: Int[Tensor, "classes"], examples: int
+    ) -> Float[Tensor, "classes examples *features"]:
+        """Examples of each of the classes."""
 
     def sample(self, generator: torch.Generator, tasks: int) -> Episode:
         """Tasks over the classes that are trained on."""
@@ -54,6 +57,8 @@ class FewShot(ABC):
         )
         return Episode(support, asked)
 
-    def measure(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def measure(
+        self, pred: Float[Tensor, "tasks examples ways"], target: Int[Tensor, "tasks examples"]
+    ) -> dict[str, Float[Tensor, "tasks"]]:
         """`accuracy`: the share of examples whose largest logit is their class's."""
         return {"accuracy": (pred.argmax(-1) == target).float().mean(1)}

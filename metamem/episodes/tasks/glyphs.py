@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,7 +55,9 @@ class Glyphs(FewShot):
         super().__init__(ways, shots, query, trained, evaluated)
         self.turn, self.shift, self.scale, self.flip = turn, shift, scale, flip
 
-    def draw(self, generator: torch.Generator, classes: Tensor, examples: int) -> Tensor:
+    def draw(
+        self, generator: torch.Generator, classes: Int[Tensor, "classes"], examples: int
+    ) -> Float[Tensor, "classes examples 1 16 16"]:
         """Each character's bitmap, distorted anew for every example."""
         bitmaps = self.bitmaps[classes].repeat_interleave(examples, 0)
         count = len(bitmaps)
@@ -79,8 +82,8 @@ class Glyphs(FewShot):
         )
 
 
-def load(path: Path) -> Tensor:
-    """The distinct bitmaps of a hex file, [characters, 16, 16], narrow ones in the middle; all but empty ones left out.
+def load(path: Path) -> Float[Tensor, "characters 16 16"]:
+    """The distinct bitmaps of a hex file, narrow ones in the middle; all but empty ones left out.
 
     A line is a code point and the rows of its bitmap in hexadecimal digits, 8 or 16 pixels wide.
     """

@@ -76,7 +76,9 @@ class Sinusoid:
         """Tasks that are asked at 100 points each."""
         return self.sample(evaluation_generator(seed), tasks, query=100)
 
-    def measure(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def measure(
+        self, pred: Float[Tensor, "tasks points 1"], target: Float[Tensor, "tasks points 1"]
+    ) -> dict[str, Float[Tensor, "tasks"]]:
         """The mean squared error."""
         return {"mse": (pred - target).square().flatten(1).mean(1)}
 

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from metamem.episodes.level import Batch, Episode
@@ -60,7 +61,9 @@ class Temperatures:
         inputs, targets = (value[starts + torch.arange(length)] for value in of)
         return Episode(*(Batch(inputs[:, part], targets[:, part]) for part in _parts(self.shots)))
 
-    def measure(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def measure(
+        self, pred: Float[Tensor, "tasks hours 1"], target: Float[Tensor, "tasks hours 1"]
+    ) -> dict[str, Float[Tensor, "tasks"]]:
         """The root of the mean squared error, in degrees Fahrenheit."""
         return {"degrees": self.deviation * (pred - target).square().flatten(1).mean(1).sqrt()}
 
@@ -72,7 +75,7 @@ class Temperatures:
         )
 
 
-def load(city: City) -> Tensor:
+def load(city: City) -> Float[Tensor, "hours"]:
     """The temperatures of a city, hour by hour, in degrees Fahrenheit."""
     try:
         file = resources.files("vega_datasets") / "_data" / f"{city}-temps.csv"
