@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from metamem.state import State, Stateful
@@ -31,20 +32,22 @@ class Memory(Stateful):
     writing: bool = True
     compiles: bool = True
 
-    def write(self, x: Tensor, state: State) -> State:
+    def write(self, x: Float[Tensor, "batch time dim"], state: State) -> State:
         """The state after x was written."""
         raise NotImplementedError
 
-    def read(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def read(
+        self, x: Float[Tensor, "batch time dim"], state: State
+    ) -> tuple[Float[Tensor, "batch time dim_out"], State]:
         """What the state holds for x, nothing written; reading may move read heads."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, state: State | None = None) -> Out:
+    def forward(self, x: Float[Tensor, "batch time dim"], state: State | None = None) -> Out:
         """Writes and reads a sequence in the memory's own order."""
         raise NotImplementedError
 
-    def step(self, x: Tensor, state: State | None = None) -> Out:
-        """One token, x: [batch, dim]: `forward` of a sequence of one, for a controller that reads before it goes on."""
+    def step(self, x: Float[Tensor, "batch dim"], state: State | None = None) -> Out:
+        """One token: `forward` of a sequence of one, for a controller that reads before it goes on."""
         return Out(*super().step(x, state))
 
     def open(self, state: State, tokens: int) -> State:
@@ -57,7 +60,7 @@ class Memory(Stateful):
         return state
 
 
-def check_rows(carried: Tensor, x: Tensor) -> None:
+def check_rows(carried: Shaped[Tensor, "rows *_carried"], x: Shaped[Tensor, "batch *_dims"]) -> None:
     """Raises ValueError where a tensor of a state has other rows than x: a single one would broadcast, silently."""
     if carried.shape[0] != x.shape[0]:
         raise ValueError(f"the state has {carried.shape[0]} rows, the input {x.shape[0]}")

@@ -179,7 +179,7 @@ def read(
     carried: list[Weights],
     products: dict[Key, Products],
     readers: int,
-) -> Tensor:
+) -> Float[Tensor, "*batch reads d_value"]:
     """`z^l_t = Σ_terms share_t a^l_t T − Σ_s A[t,s] (a^l_t · in^l_s) δ^l_s` through every layer."""
     shares = [None if term.after is None else copies(term.after, readers) for term in step.terms]
     strengths = {key: copies(strength, readers, -2) for key, strength in step.strengths.items()}

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metamem.memory.decay import decay_add
@@ -300,7 +300,7 @@ def choose_rows(rows: Rows, new: Component, old: Component) -> Component:
     return Component(delta, momentum, pending, keep[0] if keep else None, transform)
 
 
-def choose_weights(rows: Tensor, new: Weights, old: Weights) -> Weights:
+def choose_weights(rows: Bool[Tensor, "batch"], new: Weights, old: Weights) -> Weights:
     """Per row of the batch the new weights or the old."""
     return [torch.where(align(rows, x), x, y) for x, y in zip(new, old, strict=True)]
 

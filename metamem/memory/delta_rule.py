@@ -80,7 +80,9 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Queries, carry: Ca
     return reads.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), carry
 
 
-def solve(strength: Tensor | None, keys: Rows, shared: Rows, targets: Rows) -> tuple[Tensor, Tensor]:
+def solve(
+    strength: Float[Tensor, "batch heads segments writes writes"] | None, keys: Rows, shared: Rows, targets: Rows
+) -> tuple[Rows, Rows]:
     """`(I + Λ)⁻¹` of `shared` (the keys, scaled by their shares of every carried tensor) and of the targets: with the
     carried tensors stacked as W, δ = solved_keys W − solved_targets. Λ = `strength` ⊙ K Kᵀ; None for 0."""
     if strength is None:

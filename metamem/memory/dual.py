@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -48,7 +48,7 @@ def decay_matrix(log_decay: Gate) -> Matrix:
     return difference.masked_fill(~causal_mask(log_decay), -torch.inf).exp()
 
 
-def causal_mask(like: Gate) -> Tensor:
+def causal_mask(like: Gate) -> Bool[Tensor, "tokens tokens"]:
     """True where s ≤ t."""
     tokens = like.shape[-1]
     return torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()

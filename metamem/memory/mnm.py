@@ -173,7 +173,7 @@ class MNM(Memory):
 MEASURED = ("surprise", "reconstruction", "value_norm")
 
 
-def linear(part: nn.Linear, x: Tensor) -> Tensor:
+def linear(part: nn.Linear, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
     """x W + b in the type of x."""
     return functional.linear(x, part.weight.to(x.dtype), part.bias.to(x.dtype))
 

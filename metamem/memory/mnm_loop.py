@@ -96,7 +96,9 @@ def token(rule: Rule, gates: Row, now: Moment, slow: Slow) -> tuple[tuple[Tensor
     return (hidden, read, recalled, passed[:, :heads], values), Moment(hidden, cell, read, weights)
 
 
-def interaction(vectors: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
+def interaction(
+    vectors: Float[Tensor, "*batch features"], heads: int, width: int
+) -> tuple[Float[Tensor, "*batch two_heads width"], Float[Tensor, "*batch heads width"]]:
     """Keys (write keys, then read keys) and written values."""
     keys, values = vectors[..., : 2 * heads * width], vectors[..., 2 * heads * width : 3 * heads * width]
     return keys.unflatten(-1, (2 * heads, width)), values.unflatten(-1, (heads, width))
@@ -123,7 +125,7 @@ def signal(rule: Rule, below: list[Heads], values: Heads, weights: Weights, slow
     return deltas[::-1]
 
 
-def rate(rule: Rule, strength: Tensor | None) -> Tensor | float:
+def rate(rule: Rule, strength: Float[Tensor, "batch 1"] | None) -> Float[Tensor, "batch 1 1"] | float:
     """η / heads, of σ of the rate: the writes of a token's heads are averaged."""
     if strength is None:
         return float(rule.level.lr) / rule.heads

@@ -123,7 +123,7 @@ def record(rule: Rule, inputs: Tokens, start: Moment, slow: Slow, keep: bool) ->
     return tape, weights
 
 
-def output_error(rule: Rule, pred: Heads, target: Heads, out: Tensor) -> None:
+def output_error(rule: Rule, pred: Heads, target: Heads, out: Heads) -> None:
     """∂ objective / ∂ pred, into `out`."""
     if rule.squared is None:
         out.copy_(signals.output_error(rule.level.objectives, pred, target))
@@ -133,7 +133,7 @@ def output_error(rule: Rule, pred: Heads, target: Heads, out: Tensor) -> None:
         torch.sub(pred, target, out=out).mul_(rule.squared)
 
 
-def twice(gates: Tensor, factor: float) -> Tensor:
+def twice(gates: Float[Tensor, "*rows four_hidden"], factor: float) -> Float[Tensor, "*rows four_hidden"]:
     """The third of four parts times a factor: the candidate's, whose tanh is made of the σ of twice as much."""
     scaled = gates.clone(memory_format=torch.contiguous_format)
     scaled.chunk(4, -1)[2].mul_(factor)

@@ -97,7 +97,7 @@ class MemoryNetwork(Protocol):
         """W_init, to learn from."""
         ...
 
-    def recall(self, weights: Weights, x: Tokens) -> Tensor:
+    def recall(self, weights: Weights, x: Tokens) -> Tokens:
         """The output for x at the given weights."""
         ...
 

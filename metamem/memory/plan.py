@@ -18,6 +18,7 @@ from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates
 
 Key = tuple  # of a signal: levels with equal objectives share theirs; of what is written: a gate may tell them apart
+Parts = Float[Tensor, "batch #heads *segments writes layers blocks"]
 
 
 class Step(NamedTuple):
@@ -35,7 +36,7 @@ class Step(NamedTuple):
     keep: Float[Tensor, "*batch"] | None
     carry: Float[Tensor, "*batch"] | None
     momentum_keep: Float[Tensor, "*batch"] | None
-    parts: Float[Tensor, "batch #heads *segments writes layers blocks"] | None = None
+    parts: Parts | None = None
 
 
 class Term(NamedTuple):
@@ -62,7 +63,7 @@ def signal_key(level: TokenLevel) -> Key:
     return (level.signal, *level.objectives.items())
 
 
-def write_key(level: TokenLevel, parts: Tensor | None) -> Key:
+def write_key(level: TokenLevel, parts: Parts | None) -> Key:
     """Levels that write the same: those that share their signals, unless a router scales each one's part by part."""
     return signal_key(level) if parts is None else (level.name, *signal_key(level))
 
@@ -141,7 +142,7 @@ def delta_key(level: TokenLevel) -> tuple[str, ...]:
     return (level.name,) if level.period == 1 and level.forgets else ()
 
 
-def copies(share: Tensor, count: int, axis: int = -1) -> Tensor:
+def copies(share: Float[Tensor, "*shape"], count: int, axis: int = -1) -> Float[Tensor, "*repeated"]:
     """Each entry of an axis `count` times, one beside the other: what several writes, reads or blocks have alike."""
     return share if count == 1 else share.repeat_interleave(count, axis)
 

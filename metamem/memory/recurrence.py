@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -23,14 +24,16 @@ from metamem.memory.component import Carry, Component, Learner, Past, choose_wei
 from metamem.memory.level import TokenLevel
 from metamem.memory.networks import Network, Weights
 from metamem.memory.parts import columns, gated
-from metamem.memory.plan import Step
+from metamem.memory.plan import Parts, Step
 from metamem.memory.reader import Queries
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Gates, Writes
 from metamem.state import align
 
-# weights [b h i o], key [b h w i], value [b h w o], rate [b h w], parts [b h w l n] -> per layer Σ_w rate in ⊗ (m ⊙ δ)
-Products = Callable[[Learner, TokenLevel, Weights, Tensor, Tensor, Tensor, Tensor | None], Weights]
+Vectors = Float[Tensor, "batch heads writes _features"]
+Rates = Float[Tensor, "batch heads writes"]
+# weights, key, value, rate, parts -> per layer Σ_w rate in ⊗ (m ⊙ δ)
+Products = Callable[[Learner, TokenLevel, Weights, Vectors, Vectors, Rates, Parts | None], Weights]
 
 
 def run(
@@ -92,13 +95,18 @@ def write(
 def window(
     level: TokenLevel,
     past: Past | None,
-    key: Tensor,
-    value: Tensor,
-    rate: Tensor,
-    parts: Tensor | None,
+    key: Vectors,
+    value: Vectors,
+    rate: Rates,
+    parts: Float[Tensor, "batch #heads layers blocks"] | None,
     segment: Segment,
     starts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[
+    Float[Tensor, "batch heads descended _features"],
+    Float[Tensor, "batch heads descended _features"],
+    Float[Tensor, "batch heads descended"],
+    Float[Tensor, "batch #heads descended layers blocks"] | None,
+]:
     """The keys, values, rates and a router's gates on whose objective a token's step descends: its own, and those of
     the level's window before it (for a level of period P, once, at the period's first token)."""
     reach, writers = level.window - level.period, key.shape[2]
@@ -189,10 +197,10 @@ def written_out(
     learner: Learner,
     level: TokenLevel,
     weights: Weights,
-    key: Tensor,
-    value: Tensor,
-    rate: Tensor,
-    parts: Tensor | None = None,
+    key: Vectors,
+    value: Vectors,
+    rate: Rates,
+    parts: Parts | None = None,
 ) -> Weights:
     """Per layer `Σ_w rate in ⊗ (m ⊙ δ)`, δ written out."""
     network = learner.network
@@ -207,10 +215,10 @@ def by_autograd(
     learner: Learner,
     level: TokenLevel,
     weights: Weights,
-    key: Tensor,
-    value: Tensor,
-    rate: Tensor,
-    parts: Tensor | None = None,
+    key: Vectors,
+    value: Vectors,
+    rate: Rates,
+    parts: Parts | None = None,
 ) -> Weights:
     """The same by torch.func: the gradient of Σ_w rate · loss. Backprop's is the objective; predicted targets have
     `½ ‖in^l W^l − v P^l‖²` at each layer, no gradient through in^l; Hebbian is `−(k W) · v`, a signal of a user's own

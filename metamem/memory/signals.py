@@ -93,6 +93,6 @@ def at_layers(
     return network.backward(output_error(objectives, forward.output, values), weights, forward)
 
 
-def scaled(weight: float, x: Tensor) -> Tensor:
+def scaled(weight: float, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """weight · x, without a product where it is 1."""
     return x if weight == 1 else weight * x

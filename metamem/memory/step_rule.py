@@ -37,7 +37,9 @@ def stepped(levels: Sequence[TokenLevel], network: MemoryNetwork, writes: Writes
     return writes._replace(gates=gates)
 
 
-def step_size(rule: StepRule, lr: Float[Tensor, "*writes"], curvature: Float[Tensor, "*writes"]) -> Tensor:
+def step_size(
+    rule: StepRule, lr: Float[Tensor, "*writes"], curvature: Float[Tensor, "*writes"]
+) -> Float[Tensor, "*writes"]:
     """η as the rule has it; the curvature of the loss along its gradient is s ‖in‖²."""
     if rule == "implicit":
         return lr / (1 + lr * curvature)

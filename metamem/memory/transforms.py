@@ -29,11 +29,13 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from metamem.gating import straight_through
 from metamem.memory.newton_schulz import orthogonalize
 
+Matrices: TypeAlias = Float[Tensor, "batch *heads d_in d_out"]
 LayerState: TypeAlias = dict[str, Tensor]  # name -> tensor
 TransformState: TypeAlias = dict[str, dict[str, Tensor]]  # name -> layer -> tensor
 
@@ -69,12 +71,12 @@ def stateful(
     return Transform(init_layers, update_layers)
 
 
-def sign(accumulated: Tensor) -> Tensor:
+def sign(accumulated: Matrices) -> Matrices:
     """sign(G), with the gradient of G (straight-through): its own is zero, and nothing would learn to write."""
     return straight_through(torch.sign(accumulated), accumulated)
 
 
-def clip(accumulated: Tensor, norm: float = 1.0) -> Tensor:
+def clip(accumulated: Matrices, norm: float = 1.0) -> Matrices:
     """min(1, norm / ‖G‖_F) G, per matrix (Pascanu et al. 2013, algorithm 1)."""
     squared = _wide(accumulated).square().sum((-2, -1), keepdim=True)
     share = (norm**2 / squared.clamp(min=norm**2)).sqrt()  # clamped before the root: its gradient is finite at zero

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metamem.memory.slots.journal import closed, opened
@@ -117,7 +117,9 @@ class SparseMemory(SlotMemory):
         }
 
 
-def spread(slots: Tensor, weights: Tensor, count: int) -> Float[Tensor, "*batch slots"]:
+def spread(
+    slots: Int[Tensor, "*#batch k"], weights: Float[Tensor, "*batch k"], count: int
+) -> Float[Tensor, "*batch slots"]:
     """Sparse weights as dense ones."""
     return weights.new_zeros(*weights.shape[:-1], count).scatter_add(-1, slots.expand_as(weights), weights)
 
