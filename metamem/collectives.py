@@ -51,7 +51,7 @@ class World:
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(like.shape).to(like.dtype) for part, like in zip(parts, tensors, strict=True)]
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The sum over processes, differentiable."""
         return self.sums([tensor])[0]
 
@@ -94,7 +94,7 @@ class World:
 ALONE = World()
 
 
-def add(tensor: Tensor) -> Tensor:
+def add(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Adds the same tensor of all processes to this one, in place."""
     with peers():
         dist.all_reduce(tensor)

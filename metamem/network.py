@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from metamem import attention, controllers  # noqa: F401  (they register their kinds)
@@ -111,7 +111,7 @@ class Network(Stateful):
         """Each module's own reset."""
         return {name: getattr(self, name).reset_state(part, rows) for name, part in state.items()}
 
-    def forward(self, x: Tensor, state: State | None = None) -> Out:
+    def forward(self, x: Shaped[Tensor, "batch time *dims"], state: State | None = None) -> Out:
         """Runs the graph on `in` = x; aux: what the modules measured, by path."""
         values, after, aux = {"in": x}, {}, {}
         for step in self.steps:
@@ -206,7 +206,7 @@ class Repeat(Stateful):
         """Each copy's own reset."""
         return {index: getattr(self, index).reset_state(part, rows) for index, part in state.items()}
 
-    def forward(self, x: Tensor, state: State | None = None) -> Out:
+    def forward(self, x: Shaped[Tensor, "batch time *dims"], state: State | None = None) -> Out:
         """The copies, one after the other."""
         after, aux = {}, {}
         for index in map(str, range(self.count)):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -63,13 +63,13 @@ class Stateful(nn.Module):
         """The same numbers, cut from the graph that made them: the truncation of an unroll."""
         return tree_map(Tensor.detach, state)
 
-    def step(self, x: Tensor, state: State | None = None) -> tuple[Any, ...]:
-        """One token, x: [batch, …]: what `forward` gives for a sequence of one, less its time axis."""
+    def step(self, x: Shaped[Tensor, "batch *dims"], state: State | None = None) -> tuple[Any, ...]:
+        """One token: what `forward` gives for a sequence of one, less its time axis."""
         y, after, *measured = self(x.unsqueeze(1), state)
         return (y[:, 0], after, *({name: value[:, 0] for name, value in part.items()} for part in measured))
 
 
-def align(rows: Bool[Tensor, "batch"], like: Tensor) -> Bool[Tensor, "batch *ones"]:
+def align(rows: Bool[Tensor, "batch"], like: Shaped[Tensor, "batch *rest"]) -> Bool[Tensor, "batch *ones"]:
     """`rows` with trailing axes of one, so that it broadcasts against a batch-first tensor."""
     return rows.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 

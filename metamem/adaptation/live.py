@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -47,7 +47,7 @@ class Tally:
     since: tuple[int, float] = (0, 0.0)
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, count: int, observed: Observed, frozen: Tensor) -> None:
+    def add(self, count: int, observed: Observed, frozen: Float[Tensor, "1 tokens"]) -> None:
         """What was observed of so many bytes; `frozen`: the frozen model's losses, nan where they are not known."""
         losses, known = observed.losses[0].double(), ~frozen[0].isnan()
         self.bytes, self.tokens = self.bytes + count, self.tokens + losses.numel()

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 from metamem.analysis.cost import training_cost
@@ -111,7 +112,7 @@ def run_rows(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     return metrics, _curves(logged) | (_curves(evaluated) if len(evaluated) > 1 else {})
 
 
-def spectra(model: Network, inputs: Tensor) -> dict[str, dict[str, Any]]:
+def spectra(model: Network, inputs: Shaped[Tensor, "batch time *dims"]) -> dict[str, dict[str, Any]]:
     """`spectrum/<memory>/<level>`, on what memories read of a batch; `period` is the level's."""
     curves = {}
     for path, (memory, x) in memory_inputs(model, inputs).items():

@@ -14,7 +14,7 @@ from metamem.config import Config
 from metamem.hierarchy import InnerLoop, OuterLevels, inner_levels, loss_per_token
 from metamem.hierarchy.calendar import calendar_of
 from metamem.state import state_bytes
-from metamem.targets import mean_asked
+from metamem.targets import Targets, mean_asked
 from metamem.training import Trained
 
 
@@ -34,7 +34,7 @@ class Operations(TorchDispatchMode):
 
 
 def training_cost(
-    trained: Trained, config: Config, task: Any, inputs: Shaped[Tensor, "batch time *dims"], targets: Tensor
+    trained: Trained, config: Config, task: Any, inputs: Shaped[Tensor, "batch time *dims"], targets: Targets
 ) -> dict[str, float]:
     """Seconds of the training; its operations and those of reading one token, which are the matrix products'
     (multiplications and additions, forward and backward), counted on one batch; bytes of state a sequence."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from metamem.config import UserError
@@ -40,7 +41,7 @@ def tracing(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def traces(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, Tensor]]:
+def traces(model: nn.Module, inputs: Shaped[Tensor, "batch time *dims"]) -> dict[str, dict[str, Tensor]]:
     """Of each slot memory, by its path, what it traced on the first sequence of a batch. Raises UserError for none."""
     with tracing(model):
         aux = model(inputs[:1]).aux

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from metamem.state import State, Stateful, leaves, tree_map
@@ -49,8 +49,8 @@ def level_states(state: State, path: str = "") -> Iterator[tuple[str, State]]:
             yield from level_states(part, f"{path}{key}.")
 
 
-def level_norm(weights: State) -> Tensor:
-    """The norm over all weights but the batch: [batch]."""
+def level_norm(weights: State) -> Float[Tensor, "batch"]:
+    """The norm over all weights but the batch."""
     return torch.stack([weight.double().square().flatten(1).sum(1) for weight in leaves(weights)]).sum(0).sqrt()
 
 

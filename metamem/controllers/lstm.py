@@ -26,6 +26,7 @@ from metamem.state import State
 
 Sequences = Float[Tensor, "batch time _features"]
 Layers = Float[Tensor, "layers batch hidden"]
+Layer = Float[Tensor, "batch hidden"]
 
 
 class LSTMState(TypedDict):
@@ -98,8 +99,8 @@ class LSTM(Controller):
 
 
 def token(
-    weights: Sequence[Weights], x: Tensor, hidden: Sequence[Tensor], cell: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    weights: Sequence[Weights], x: Float[Tensor, "batch features"], hidden: Sequence[Layer], cell: Sequence[Layer]
+) -> tuple[Layer, list[Layer], list[Layer]]:
     """One token through all layers: h of the last, then h and c of each."""
     after: list[tuple[Tensor, Tensor]] = []
     for layer, h, c in zip(weights, hidden, cell, strict=True):

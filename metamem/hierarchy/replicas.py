@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -58,11 +59,11 @@ class Replicas:
             *sums, used = self.world.sums([*values, *filled, used])
         return _with_none(sums[len(values) :], used), sums[: len(values)]
 
-    def full(self, tensor: Tensor) -> Tensor:
+    def full(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """All of a parameter, of its gradient or of what an optimizer keeps of it."""
         return tensor
 
-    def own(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    def own(self, tensor: Shaped[Tensor, "*shape"], parameter: nn.Parameter) -> Shaped[Tensor, "*shape"]:
         """What this process keeps of a whole tensor of a parameter's shape; the inverse of `full`."""
         return tensor.to(parameter.device)
 
@@ -134,14 +135,14 @@ class Shards(Replicas):
             mine = [self._part(part, p) for part, p in zip(parts, parameters, strict=True)]
         return _with_none(mine, used), sums
 
-    def full(self, tensor: Tensor) -> Tensor:
+    def full(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """All of it, gathered: all processes call it."""
         if not isinstance(tensor, self.tensor):
             return tensor
         with torch.no_grad(), peers():
             return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def own(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    def own(self, tensor: Shaped[Tensor, "*shape"], parameter: nn.Parameter) -> Shaped[Tensor, "*shape"]:
         """The rows that this process keeps."""
         if tensor.shape != parameter.shape:  # a count of steps
             return tensor.to(parameter.device)
