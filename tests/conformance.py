@@ -3,6 +3,8 @@
 A memory joins by one line in `MEMORIES`: a name and what builds it with `dim=DIM`. A gate is a function of an `Entry`;
 test_conformance.py runs every gate on every entry. A gate asks only what the protocol promises, `(y, state, aux)` with
 `aux` per token; an entry names the gates that its memory documents not to pass.
+
+Longer than most files: one table, and a gate a function, which are read beside each other.
 """
 
 from __future__ import annotations

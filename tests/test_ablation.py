@@ -1,4 +1,7 @@
-"""Ablations: what a grid comes to, what is refused before it runs, and that nothing which finished is ever lost."""
+"""Ablations: what a grid comes to, what is refused before it runs, and that nothing which finished is ever lost.
+
+Longer than most files: grids, refusals, kills and resuming are all tried on the same few small ablations.
+"""
 
 import errno
 import json

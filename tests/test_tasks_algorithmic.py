@@ -1,5 +1,8 @@
 """The algorithmic tasks: every answer is that of a solver written here, which sees the inputs alone; what is measured
-is right; an episode's settings are those asked for."""
+is right; an episode's settings are those asked for.
+
+Longer than most files: eight tasks, each with a solver of its own, behind the same few laws.
+"""
 
 from itertools import pairwise, permutations
 

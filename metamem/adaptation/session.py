@@ -3,6 +3,8 @@
 What learns is what the levels say: token levels write the memories, inner levels move the parameters that they name by
 the loss of the stream itself, every `period` tokens. Every token is predicted before anything learns from it. The model
 is never changed: sessions share it, one call at a time.
+
+Longer than most files: reading, learning and the frozen model beside are one state machine over the same fields.
 """
 
 from __future__ import annotations
