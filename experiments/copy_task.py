@@ -30,7 +30,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
-from experiments.memory_rows import ROWS, Row, cell_of, run_cells
+from experiments.memory_rows import ROWS, Row, cell_of, run_cells, run_folder
 from metamem import build, build_task, load_run
 from metamem.analysis import Claim, Study, open_study
 from metamem.analysis.plan import Cell
@@ -87,13 +87,12 @@ def cell(row: Row, seed: int, steps: int, every: int, lengths: Lengths) -> Cell:
 
 def exam(of: Cell, row: Row, lengths: Lengths) -> dict[str, float]:
     """What a trained cell makes of the lengths beyond, where it has a slot for every token of the longest."""
-    training = of.config.training
-    every = training.evaluate_every or training.steps
-    larger = _cell(row, of.seed, training.steps, every, lengths, lengths.beyond, room(max(lengths.beyond)))
-    model, task = build(larger.config), build_task(larger.config)
-    model.load_state_dict(load_run(Path("runs") / f"{NAME}_cells" / "cells" / of.slug)[0].state_dict())
+    steps = of.config.training.steps
+    larger = _cell(row, of.seed, steps, steps, lengths, lengths.beyond, room(max(lengths.beyond)))
+    model, task = build(larger.config).eval(), build_task(larger.config)
+    model.load_state_dict(load_run(run_folder(NAME, of))[0].state_dict())
     with torch.no_grad():
-        return task.evaluate(lambda inputs, targets: model.eval()(inputs).y)
+        return task.evaluate(lambda inputs, targets: model(inputs).y)
 
 
 def _cell(row: Row, seed: int, steps: int, every: int, lengths: Lengths, tested: Sequence[int], slots: int) -> Cell:

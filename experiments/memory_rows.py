@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from metamem.analysis.ablation import AblationProgress, run_ablation
+from metamem.analysis.ablation import CELLS, AblationProgress, run_ablation
 from metamem.analysis.plan import Cell, Plan
 from metamem.analysis.results import Result
 from metamem.config import Config, load_config, to_dict
@@ -72,6 +72,15 @@ def cell_of(row: Row, network: str, task: str, overrides: Sequence[str], seed: i
     return Cell(f"{row.name} on {task}", task, factors, {}, seed, replace(config, name=slug), fingerprint)
 
 
+def run_folder(name: str, cell: Cell) -> Path:
+    """Where `run_cells` keeps a cell's run."""
+    return _kept(name) / CELLS / cell.slug
+
+
+def _kept(name: str) -> Path:
+    return Path("runs") / f"{name}_cells"
+
+
 def run_cells(name: str, cells: Mapping[str, Sequence[Cell]], processes: int) -> dict[str, list[Result]]:
     """The results of each row's cells, those that are missing trained; kept in runs/<name>_cells. Seed by seed, so that
     a study that is stopped has every row."""
@@ -86,6 +95,6 @@ def run_cells(name: str, cells: Mapping[str, Sequence[Cell]], processes: int) ->
                 flush=True,
             )
 
-    found = run_ablation(plan, Path("runs") / f"{name}_cells", processes, told)
+    found = run_ablation(plan, _kept(name), processes, told)
     by = {(result.fingerprint, result.cell): result for result in found}
     return {row: [by[cell.fingerprint, cell.name] for cell in of_row] for row, of_row in cells.items()}

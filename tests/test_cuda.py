@@ -1,4 +1,4 @@
-"""On a GPU: what the CPU computes, from one memory to a session. Without a GPU: that no tensor is left on the CPU.
+"""On a GPU: what the CPU computes, from one memory to a session. Skipped where there is none.
 
 `METAMEM_DEVICE=cuda pytest tests/test_conformance.py tests/test_contract.py` runs every gate of every memory on a GPU;
 with `-m slow`, compiled.
@@ -10,8 +10,8 @@ import json
 import pytest
 import torch
 from conformance import DIM, MEMORIES, TIME, gradients, tensors
-from small_models import CONFIGS, SENTENCE, inner_level, recurrent, shaken, small_quickstart, write_text
-from test_resume import Died, dying
+from small_models import CONFIGS, SENTENCE, close, inner_level, recurrent, shaken, small_quickstart, write_text
+from test_resume import Died, dying, rows
 from typer.testing import CliRunner
 
 from metamem import Session, load_run
@@ -29,16 +29,14 @@ def on_both(module, *inputs):
     return [(copy.deepcopy(module).to(place), *(tensor.to(place) for tensor in inputs)) for place in ("cpu", "cuda")]
 
 
-def close(one, other, rtol=1e-8, atol=1e-9):
-    assert one.keys() == other.keys()
-    for name in one:
-        explain = {"msg": lambda text, name=name: f"{name}: {text}"}
-        torch.testing.assert_close(other[name].cpu(), one[name].cpu(), rtol=rtol, atol=atol, **explain)
+def on_cpu(named):
+    """Tensors by name, where they can be compared."""
+    return {name: tensor.cpu() for name, tensor in named.items()}
 
 
-def logged(folder, what):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([row[what] for row in rows if what in row], dtype=torch.float64)
+def losses_of(folder):
+    """The logged loss of every outer step."""
+    return torch.tensor([row["loss/task"] for row in rows(folder) if "loss/task" in row], dtype=torch.float64)
 
 
 # Memories
@@ -50,15 +48,15 @@ def test_a_memory_computes_what_it_does_on_the_cpu(memory):
     """float64: outputs, state, what is measured, outer gradients; over two calls, a row beginning anew between them.
     Of SDNC the outputs alone, nearly: the cosine with a slot that was emptied is one with what rounding left there.
     1e-15 on its input moves them by 1e-6 on one CPU, and makes others of the links that it keeps."""
-    x, rows, results = torch.randn(2, 6 + TIME, DIM, dtype=torch.float64), torch.tensor([True, False]), []
+    x, anew, results = torch.randn(2, 6 + TIME, DIM, dtype=torch.float64), torch.tensor([True, False]), []
     for module, x_there in on_both(MEMORIES[memory].build(), x):
         x_there.requires_grad_()
-        out = module(x_there[:, 6:], module.reset_state(module(x_there[:, :6]).state, rows))
+        out = module(x_there[:, 6:], module.reset_state(module(x_there[:, :6]).state, anew))
         steepness = {f"d {name}": value for name, value in gradients(module, x_there, out).items()}
-        results.append({**tensors(out), **steepness})
+        results.append(on_cpu({**tensors(out), **steepness}))
     if memory == "sdnc":
         return close(*({"y": found["y"]} for found in results), rtol=1e-2, atol=1e-4)
-    close(*results)
+    close(*results, rtol=1e-8, atol=1e-9)
 
 
 # From training to a session
@@ -72,12 +70,7 @@ def test_training_follows_the_cpu_and_a_run_goes_on_bit_for_bit(tmp_path):
     for place in ("cpu", "cuda"):
         config = small_quickstart(*settings, f"training.device={place}")
         found[place] = train(config, tmp_path / place)
-    torch.testing.assert_close(
-        logged(found["cuda"].folder, "loss/task"),
-        logged(found["cpu"].folder, "loss/task"),
-        rtol=1e-3,
-        atol=1e-4,
-    )
+    torch.testing.assert_close(*(losses_of(one.folder) for one in found.values()), rtol=1e-3, atol=1e-4)
     with pytest.raises(Died):
         train(config, tmp_path / "died", progress=dying(5))
     again = resume(tmp_path / "died" / config.name)
@@ -96,13 +89,13 @@ def test_a_session_learns_the_same_and_goes_on_on_the_other_device(tmp_path, flo
         session.save(tmp_path / session.device.type)
         distribution = session.predict()
         assert distribution.device.type == losses[session.device.type].device.type == session.device.type
-    close({"losses": losses["cpu"]}, {"losses": losses["cuda"]})
+    torch.testing.assert_close(losses["cuda"].cpu(), losses["cpu"], rtol=1e-8, atol=1e-9)
     later = {}
     for (there,), saved in zip(on_both(model), ("cuda", "cpu"), strict=True):
         session = Session(there, config)
         session.load(tmp_path / saved)
         later[saved] = session.observe(tokens[:, 20:]).losses
-    close({"losses": later["cpu"]}, {"losses": later["cuda"]})
+    torch.testing.assert_close(later["cpu"].cpu(), later["cuda"], rtol=1e-8, atol=1e-9)
 
 
 @gpu
@@ -117,8 +110,8 @@ def test_a_transformers_model_adapts_on_a_gpu(tmp_path):
     for place in ("cpu", "cuda"):
         result = CliRunner().invoke(app, [*command, "--device", place, "--jsonl", str(tmp_path / place)])
         assert result.exit_code == 0, result.output
-        rows = [json.loads(line) for line in (tmp_path / place).read_text().splitlines()]
-        printed[place] = torch.tensor([row["bits_per_byte"] for row in rows])
+        told = [json.loads(line) for line in (tmp_path / place).read_text().splitlines()]
+        printed[place] = torch.tensor([row["bits_per_byte"] for row in told])
     torch.testing.assert_close(printed["cpu"], printed["cuda"], rtol=1e-3, atol=1e-3)
 
 

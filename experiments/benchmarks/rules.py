@@ -55,7 +55,7 @@ COMPILED = ("lact", "titans", "ttt_linear", "ttt_mlp")
 CALLS = {2048: 3, 4096: 3, 8192: 2}  # timed calls, at most
 # preset -> what its forward+backward may take at 1k, in that of attention
 BOUNDS = {"ttt_linear": 1.0, "delta_net": 1.0, "ttt_mlp": 2.0, "lact": 2.0}
-TURNS = 3
+TURNS = 3  # of the shortest and the longest call, beside each other
 KEPT = ":".join(f"glibc.malloc.{name}={size}" for name, size in (("mmap_threshold", 2**32), ("trim_threshold", 2**34)))
 GROWTH = 1.1  # of the cost a token, from the shortest length to the longest
 

@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +36,6 @@ def measure_module(
     run = torch.compile(module, fullgraph=True) if compiled else module
     x = torch.randn(batch, tokens, width, device=device)
     before = peak_memory(device)
-    forward, both = passes(run, x)
-    first = seconds(both, device)
-    both_best, forward_best = best(both, repeats, device), best(forward, repeats, device)
-    peak = (peak_memory(device) - before) / 2**20
-    return {"first": first, "forward+backward": both_best, "forward": forward_best, "peak": peak}
-
-
-def passes(run: Callable[[Tensor], Any], x: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A forward without gradients, and a forward and backward, as calls."""
 
     def output() -> Tensor:
         y = run(x)
@@ -58,7 +48,10 @@ def passes(run: Callable[[Tensor], Any], x: Tensor) -> tuple[Callable[[], None],
     def both() -> None:
         output().square().mean().backward()
 
-    return forward, both
+    first = seconds(both, device)
+    both_best, forward_best = best(both, repeats, device), best(forward, repeats, device)
+    peak = (peak_memory(device) - before) / 2**20
+    return {"first": first, "forward+backward": both_best, "forward": forward_best, "peak": peak}
 
 
 def best(function: Callable[[], None], repeats: int, device: str = "cpu") -> float:
