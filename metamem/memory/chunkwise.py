@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import optree
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,16 +21,13 @@ from metamem.memory.component import (
     fire_all,
     term_weights,
 )
-from metamem.memory.dual import local_read
+from metamem.memory.dual import affine, local_read
 from metamem.memory.networks import Network, Weights
 from metamem.memory.parts import gated
 from metamem.memory.plan import Key, Plan, copies, cut, plan, signal_key, unstack, windows, write_key
-from metamem.memory.product import product
 from metamem.memory.reader import Queries
 from metamem.memory.schedule import Run, Segment
 from metamem.memory.writer import Writes
-
-GRAPHS = 64  # of compiled segments in a process: one for each memory that differs, with and without gradients
 
 
 class Pieces(NamedTuple):
@@ -47,11 +40,12 @@ class Pieces(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What the work of one segment gives: what is carried on, what was recalled for the keys, and either the reads or,
-    for networks of one matrix, what all segments' reads are made of at once: the carried tensors and the signals."""
+    """What the work of one segment gives: what is carried on, the surprise of each of its tokens' writes, and either
+    the reads or, for networks of one matrix, what all segments' reads are made of at once: the carried tensors and the
+    signals."""
 
     carry: Carry
-    recalled: Float[Tensor, "batch heads writes d_value"]
+    surprise: Float[Tensor, "batch heads writes"]
     read: Float[Tensor, "batch heads reads d_value"] | None
     seen: list[Tensor]
     sent: dict[Key, Tensor]
@@ -59,33 +53,28 @@ class Chunk(NamedTuple):
 
 def run(learner: Learner, span: Run, writes: Writes, queries: Queries, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
     """Reads [batch, heads, tokens, readers, d_value], surprises [batch, heads, tokens, writers], what is carried."""
-    network, levels, readers = learner.network, learner.levels, queries.shape[3]
+    network, writers, readers = learner.network, writes.keys.shape[3], queries.shape[3]
     assert isinstance(network, Network)
-    fresh = span.length * writes.keys.shape[3]  # writes of a segment's own tokens
     pieces, past = cut_pieces(learner, span, writes, queries, carry.past)
     carry, chunks = carry._replace(past=past), []
-    compiled = learner.compiled and not torch.compiler.is_compiling()
-    step = _compiled() if compiled else one_segment
     for segment, piece in zip(span.segments, unstack(pieces, len(span.segments)), strict=True):
-        # Without its place, which is no part of its work: a compiled step is one graph for all of them.
-        before = _uniform(learner, carry) if compiled else carry
-        chunks.append(step(learner, replace(segment, start=0), piece, before, readers))
+        chunks.append(one_segment(learner, segment, piece, carry, writers, readers))
         carry = chunks[-1].carry
     if chunks[0].seen:
         carried = [[torch.stack(of_term, -3)] for of_term in zip(*(chunk.seen for chunk in chunks), strict=True)]
         sent = {key: torch.stack([chunk.sent[key] for chunk in chunks], 2) for key in chunks[0].sent}
-        products = {key: Products([network.given(pieces.keys)], [signal]) for key, signal in sent.items()}
+        keys = network.given(pieces.keys) if _ones() else pieces.keys
+        products = {key: Products([keys], [signal]) for key, signal in sent.items()}
         norm = [] if network.norm is None else [x.unsqueeze(1) for x in network.norm]  # an axis for the segments
         read_out = read(network.with_norm(norm), pieces.plan, pieces.queries, carried, products, readers)
     else:
         read_out = torch.stack([chunk.read for chunk in chunks if chunk.read is not None], 2)
-    recalled, values = torch.stack([chunk.recalled for chunk in chunks], 2), pieces.values
-    surprise = signals.value(levels[0].objectives, recalled[..., -fresh:, :], values[..., -fresh:, :])
+    surprise = torch.stack([chunk.surprise for chunk in chunks], 2)
     shape = (span.length, -1)
     return read_out.unflatten(3, shape).flatten(2, 3), surprise.unflatten(3, shape).flatten(2, 3), carry
 
 
-def one_segment(learner: Learner, segment: Segment, piece: Pieces, carry: Carry, readers: int) -> Chunk:
+def one_segment(learner: Learner, segment: Segment, piece: Pieces, carry: Carry, writers: int, readers: int) -> Chunk:
     """The work of one segment; `piece` is one of `Pieces` without the axis of segments."""
     network, levels, chunk = learner.network, learner.levels, learner.chunk
     assert isinstance(network, Network)
@@ -95,7 +84,7 @@ def one_segment(learner: Learner, segment: Segment, piece: Pieces, carry: Carry,
     lagging = all(level.period > 1 and level.period % chunk == 0 for level in levels)
     both = lagging and segment.refresh == ()
     together = torch.cat([piece.keys, piece.queries], -2) if both else piece.keys
-    forward = network.forward(together, lambda layer, a: product(a, at[layer]))
+    forward = network.forward(together, lambda layer, a: affine(a, at[layer]), _ones())
     read_out, seen, sent = None, [], {}
     if both:
         forward, recalled = forward.split(piece.keys.shape[-2])
@@ -115,34 +104,9 @@ def one_segment(learner: Learner, segment: Segment, piece: Pieces, carry: Carry,
     elif not both:
         read_out = read(network, piece.plan, piece.queries, term_weights(levels, carry), products, readers)
     carry = move(learner, segment, piece.plan, carry, products)
-    return Chunk(carry, forward.output, read_out, seen, sent)
-
-
-@functools.cache
-def _compiled() -> Callable[..., Chunk]:
-    # Its overloads have not all of its arguments.
-    return torch.compile(one_segment, fullgraph=True, dynamic=False, recompile_limit=GRAPHS)  # pyright: ignore[reportCallIssue]
-
-
-def _uniform(learner: Learner, carry: Carry) -> Carry:
-    """The carry in one form, so that one graph serves a call's first segment and those after it: zeros for nothing
-    pending, None for a transform that carries nothing, rows in order, and a gradient for each tensor where W_init has
-    one."""
-    traced = torch.is_grad_enabled() and any(weight.requires_grad for weight in learner.init)
-    transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def seen(x: Tensor) -> Tensor:
-        x = x.contiguous()
-        return x if x.requires_grad or not traced or transformed else x.detach().requires_grad_()
-
-    components = []
-    for level, component in zip(learner.levels, carry.components, strict=True):
-        if level.period > 1 and component.pending is None:
-            component = component._replace(pending=[torch.zeros_like(delta) for delta in component.delta])
-        components.append(component._replace(transform=component.transform or None))
-    tree: Any = components, carry.anchor
-    components, anchor = optree.tree_map(seen, tree)
-    return carry._replace(components=components, anchor=anchor)
+    fresh = segment.length * writers  # not those of the window before it
+    surprise = signals.value(levels[0].objectives, forward.output[..., -fresh:, :], piece.values[..., -fresh:, :])
+    return Chunk(carry, surprise, read_out, seen, sent)
 
 
 def cut_pieces(
@@ -185,15 +149,21 @@ def read(
     strengths = {key: copies(strength, readers, -2) for key, strength in step.strengths.items()}
 
     def layer(index: int, a: Tensor) -> Tensor:
-        parts = [product(a, tensor[index]) for tensor in carried]
+        parts = [affine(a, tensor[index]) for tensor in carried]
+        bias = carried[0][index].shape[-2] > a.shape[-1]
         z, *more = (x if share is None else share.unsqueeze(-1) * x for share, x in zip(shares, parts, strict=True))
         for part in more:
             z = z + part
         for key, strength in strengths.items():
-            z = z - local_read(strength, a, products[key].inputs[index], products[key].signals[index])
+            z = z - local_read(strength, a, products[key].inputs[index], products[key].signals[index], bias)
         return z
 
-    return network.forward(queries, layer).output
+    return network.forward(queries, layer, _ones()).output
+
+
+def _ones() -> bool:
+    # A compiled graph adds biases in passing; eager, a slice of the weights has a gradient of their full size.
+    return not torch.compiler.is_compiling()
 
 
 def move(learner: Learner, segment: Segment, step: Plan, carry: Carry, products: dict[Key, Products]) -> Carry:

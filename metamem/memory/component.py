@@ -50,8 +50,8 @@ class Component(NamedTuple):
 
 class Learner(NamedTuple):
     """What learns inside a memory: the network, the levels that move its weights, the chunk, where signals are
-    computed, whether the writes of a token happen in turn, W_init, the matrices that predict targets (None where no
-    level's signal needs them), and whether a chunk's work is compiled."""
+    computed, whether the writes of a token happen in turn, W_init, and the matrices that predict targets (None where no
+    level's signal needs them)."""
 
     network: MemoryNetwork
     levels: tuple[TokenLevel, ...]
@@ -60,7 +60,6 @@ class Learner(NamedTuple):
     in_turn: bool
     init: Weights
     feedback: Weights | None
-    compiled: bool = False
 
 
 class Past(NamedTuple):
@@ -91,7 +90,8 @@ class Carry(NamedTuple):
 
 
 class Products(NamedTuple):
-    """What a segment writes: each layer's inputs and signals, one row per write."""
+    """What a segment writes: each layer's inputs and signals, one row per write. Inputs may lack the 1 that a bias, the
+    last row of a matrix, multiplies."""
 
     inputs: list[Float[Tensor, "batch heads writes d_in"]]
     signals: list[Float[Tensor, "batch heads writes d_out"]]
@@ -209,18 +209,22 @@ def advance(component: Component, step: Step, products: Products) -> Component:
     """A component of period 1 after a segment: `Δ ← ρ Δ + c S − Σ share in ⊗ δ`, `S ← (Πβ) S − Σ share in ⊗ δ`."""
     delta, momentum = [], []
     for index, (inputs, signals) in enumerate(zip(*products, strict=True)):
-        moved = _fade(step.keep, component.delta[index], outer_sum(-step.delta, inputs, signals))
+        bias = component.delta[index].shape[-2] > inputs.shape[-1]
+        moved = _fade(step.keep, component.delta[index], outer_sum(-step.delta, inputs, signals, bias))
         if component.momentum is not None and step.momentum is not None:
             before = component.momentum[index]
             moved = _fade(step.carry, before, moved)
-            momentum.append(_fade(step.momentum_keep, before, outer_sum(-step.momentum, inputs, signals)))
+            momentum.append(_fade(step.momentum_keep, before, outer_sum(-step.momentum, inputs, signals, bias)))
         delta.append(moved)
     return component._replace(delta=delta, momentum=momentum or None, keep=_kept(component, step))
 
 
 def accumulate(component: Component, step: Step, products: Products) -> Component:
     """A component of period P within its period: the products are summed, as they were computed at the time."""
-    written = [outer_sum(-step.delta, inputs, signals) for inputs, signals in zip(*products, strict=True)]
+    written = [
+        outer_sum(-step.delta, inputs, signals, delta.shape[-2] > inputs.shape[-1])
+        for delta, inputs, signals in zip(component.delta, *products, strict=True)
+    ]
     if component.pending is not None:
         written = [before + new for before, new in zip(component.pending, written, strict=True)]
     return component._replace(pending=written)

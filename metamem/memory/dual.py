@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from metamem.memory.product import product
+from metamem.memory.product import product, product_transposed, transposed_product
 
 Gate = Float[Tensor, "*batch tokens"]
 Matrix = Float[Tensor, "*batch tokens tokens"]
@@ -76,22 +76,35 @@ def gate_before(after: Gate, first: float) -> Gate:
     return functional.pad(after[..., :-1], (1, 0), value=first)
 
 
+def affine(x: Float[Tensor, "*batch tokens d_in"], weight: Float[Tensor, "*_batch _rows d_out"]) -> Tensor:
+    """`x W`; where W has a row more than x has features, that is its bias: `[x, 1] W`."""
+    if weight.shape[-2] == x.shape[-1]:
+        return product(x, weight)
+    return product(x, weight[..., :-1, :]) + weight[..., -1:, :]
+
+
 def local_read(
     strength: Float[Tensor, "*batch reads writes"],
     read: Float[Tensor, "*batch reads d_in"],
     written: Float[Tensor, "*batch writes d_in"],
     signal: Float[Tensor, "*batch writes d_out"],
+    bias: bool = False,
 ) -> Float[Tensor, "*batch reads d_out"]:
-    """`Σ_s A[t,s] (a_t · in_s) δ_s`: the segment's own writes, read back."""
-    return (strength * (read @ written.mT)) @ signal
+    """`Σ_s A[t,s] (a_t · in_s) δ_s`: the segment's own writes, read back. With a bias both have a 1 beside them."""
+    alike = product_transposed(read, written)
+    return (strength * (alike + 1 if bias else alike)) @ signal
 
 
 def outer_sum(
     weight: Float[Tensor, "*batch writes"],
     written: Float[Tensor, "*batch writes d_in"],
     signal: Float[Tensor, "*batch writes d_out"],
-) -> Float[Tensor, "*batch d_in d_out"]:
-    """`Σ_s weight_s in_s ⊗ δ_s`."""
+    bias: bool = False,
+) -> Float[Tensor, "*batch rows d_out"]:
+    """`Σ_s weight_s in_s ⊗ δ_s`; with a bias a last row more, `Σ_s weight_s δ_s`."""
+    if bias:
+        signal = signal * weight.unsqueeze(-1)
+        return torch.cat([transposed_product(written, signal), signal.sum(-2, keepdim=True)], -2)
     if written.shape[-1] < signal.shape[-1]:
-        return product((written * weight.unsqueeze(-1)).mT, signal)
-    return product(written.mT, signal * weight.unsqueeze(-1))
+        return transposed_product(written * weight.unsqueeze(-1), signal)
+    return transposed_product(written, signal * weight.unsqueeze(-1))

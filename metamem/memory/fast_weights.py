@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metamem.config.schema import RouterConfig
-from metamem.memory import chunkwise, delta_rule, digest, module_network, recurrence, routed
+from metamem.memory import chunkwise, compiled, delta_rule, digest, module_network, recurrence, routed
 from metamem.memory.base import Memory, Out, check_rows
 from metamem.memory.combinations import check, check_router
 from metamem.memory.component import (
@@ -91,7 +91,7 @@ class FastWeights(Memory):
     - `feature_map`   of keys and queries (`metamem.memory.feature_maps`)
     - `chunk`         tokens per chunk
     - `writers`       writes of a token and head, `together` at the same weights or `in_turn`; `readers`: queries
-    - `compile_chunk` compiles the work of one chunk (`executor: dual`, signals of the chunk): one small graph, whatever
+    - `compile_chunk` compiles the work of a few chunks (`executor: dual`, signals of the chunk): small graphs, whatever
                       the length, where compiling the whole module unrolls all chunks
     - `levels`        the token levels of the hierarchy that address this memory, fast to slow
     - `router`        the settings of a router between them (`metamem.routing`)
@@ -220,8 +220,9 @@ class FastWeights(Memory):
             rest, components = fold(self.running, init, components)
             anchor = in_order(state["anchor"]) if "anchor" in state else None
             past = Past(**state["past"]) if "past" in state else None
+            executor = self._executor()
             done = routed.run(
-                self._executor(),
+                partial(compiled.run, executor) if self.compile_chunk else executor,
                 self._learner(init),
                 self._schedule(positions, x.shape[1]),
                 x,
@@ -302,9 +303,7 @@ class FastWeights(Memory):
             network = network.with_norm([self.norm_gain.to(dtype), self.norm_shift.to(dtype)])
         if any(level.signal == "predicted_targets" for level in self.levels):
             feedback = [matrix.to(dtype) for matrix in self.feedback]
-        return Learner(
-            network, self.running, self.chunk, self.signal_at, self.in_turn, init, feedback, self.compile_chunk
-        )
+        return Learner(network, self.running, self.chunk, self.signal_at, self.in_turn, init, feedback)
 
     def _executor(self) -> Executor:
         if self.executor == "recurrence" and not isinstance(self.network, ModuleNetwork):

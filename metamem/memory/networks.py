@@ -142,13 +142,15 @@ class Network:
         matrices = [torch.randn(heads, d_in, d_out) / math.sqrt(d_in) for d_in, d_out in self._sizes()]
         return [functional.pad(matrix, (0, 0, 0, 1)) for matrix in matrices] if self.bias else matrices
 
-    def forward(self, x: Tokens, layer: Apply) -> Pass:
-        """`z^l = layer(l, in^l)`, `in^{l+1} = φ(z^l)`."""
-        inputs, preactivations = [self.given(x)], []
+    def forward(self, x: Tokens, layer: Apply, ones: bool = True) -> Pass:
+        """`z^l = layer(l, in^l)`, `in^{l+1} = φ(z^l)`; without `ones` the inputs lack the 1 that a bias multiplies, and
+        the layers are to add it."""
+        given = self.given if ones else _as_it_is
+        inputs, preactivations = [given(x)], []
         for index in range(self.depth):
             preactivations.append(layer(index, inputs[index]))
             if index + 1 < self.depth:
-                inputs.append(self.given(ACTIVATIONS[self.activation].function(preactivations[index])))
+                inputs.append(given(ACTIVATIONS[self.activation].function(preactivations[index])))
         return self._pass(x, inputs, preactivations)
 
     def recall(self, weights: Weights, x: Tokens) -> Tokens:
@@ -194,13 +196,14 @@ class SwiGLU(Network):
         d_key, hidden, d_value = self.dims
         return [(d_key, hidden), (d_key, hidden), (hidden, d_value)]
 
-    def forward(self, x: Tokens, layer: Apply) -> Pass:
+    def forward(self, x: Tokens, layer: Apply, ones: bool = True) -> Pass:
         """Both inner matrices see x; the outer one sees their gated product."""
-        given = self.given(x)
-        gate, up = layer(0, given), layer(1, given)
-        hidden = self.given(ACTIVATIONS[self.activation].function(gate) * up)
+        given = self.given if ones else _as_it_is
+        inner = given(x)
+        gate, up = layer(0, inner), layer(1, inner)
+        hidden = given(ACTIVATIONS[self.activation].function(gate) * up)
         z = layer(2, hidden)
-        return self._pass(x, [given, given, hidden], [gate, up, z])
+        return self._pass(x, [inner, inner, hidden], [gate, up, z])
 
     def backward(self, error: Tokens, weights: Weights, forward: Pass) -> list[Tokens]:
         """`δ^2 = error`, `δ^1 = h ⊙ φ(z^0)`, `δ^0 = h ⊙ z^1 ⊙ φ'(z^0)`, h = δ^2 W^2ᵀ."""
@@ -209,6 +212,10 @@ class SwiGLU(Network):
         last = self._last(error, forward)
         back = self._back(last, weights[2])
         return [activation.backward(back * up, gate), back * activation.function(gate), last]
+
+
+def _as_it_is(x: Tokens) -> Tokens:
+    return x
 
 
 NETWORKS: dict[str, type[Network]] = {"mlp": Network, "swiglu": SwiGLU}

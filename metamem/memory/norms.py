@@ -66,7 +66,7 @@ class _Unit(_Norm):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.clamp(min=FLOOR).reciprocal()
         along = (gradient * x).sum(-1, keepdim=True) * scale.square() * (length > FLOOR)
-        return torch.addcmul(gradient, x, along, value=-1) * scale
+        return torch.addcmul(gradient, x, along, value=-1).mul_(scale)
 
 
 class _RMS(_Norm):
@@ -85,7 +85,7 @@ class _RMS(_Norm):
             return _RMS.differentiated(x, gradient)
         scale = _scale(x)
         along = (gradient * x).mean(-1, keepdim=True) * scale.square()
-        return torch.addcmul(gradient, x, along, value=-1) * scale
+        return torch.addcmul(gradient, x, along, value=-1).mul_(scale)
 
 
 def _scale(x: Tensor) -> Tensor:

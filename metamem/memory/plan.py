@@ -5,7 +5,7 @@ Kernels depend on the gates only, so they are taken out of the loop over segment
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -211,13 +211,22 @@ def cut(x: Float[Tensor, "batch heads time *any"], span: Run) -> Float[Tensor, "
 def unstack(tree: Any, count: int) -> list[Any]:
     """A list of trees from a tree of tensors stacked along axis 2. One unbind a tensor: slicing would cost its
     backward a full-size gradient a segment."""
+    return _spread(tree, count, lambda x: x.unbind(2))
+
+
+def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
+    """A tree of tensors, cut along axis 2 into trees of the given sizes; as `unstack`."""
+    return _spread(tree, len(sizes), lambda x: x.split(list(sizes), 2))
+
+
+def _spread(tree: Any, count: int, cut: Callable[[Tensor], Sequence[Tensor]]) -> list[Any]:
     if tree is None:
         return [None] * count
     if isinstance(tree, Tensor):
-        return list(tree.unbind(2))
+        return list(cut(tree))
     if isinstance(tree, dict):
-        parts = {key: unstack(value, count) for key, value in tree.items()}
+        parts = {key: _spread(value, count, cut) for key, value in tree.items()}
         return [{key: part[index] for key, part in parts.items()} for index in range(count)]
-    parts = [unstack(value, count) for value in tree]
+    parts = [_spread(value, count, cut) for value in tree]
     rows = [[part[index] for part in parts] for index in range(count)]
     return rows if isinstance(tree, list) else [type(tree)(*row) for row in rows]

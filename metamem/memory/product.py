@@ -33,10 +33,15 @@ def product_transposed(a: Float[Tensor, "*a n k"], b: Float[Tensor, "*b m k"]) -
     others of b as slow as a product."""
     if a.shape[:-2] != b.shape[:-2]:
         return product(a, b.mT)
-    return _TransposedProduct.apply(a, b)
+    return _TransposedSecond.apply(a, b)
 
 
-class _TransposedProduct(torch.autograd.Function):
+def transposed_product(a: Float[Tensor, "*a k n"], b: Float[Tensor, "*b k m"]) -> Float[Tensor, "*c n m"]:
+    """aᵀ b, with the gradient of a in a's own layout."""
+    return _TransposedFirst.apply(a, b)
+
+
+class _TransposedSecond(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -52,6 +57,24 @@ class _TransposedProduct(torch.autograd.Function):
         (gradient,) = gradients
         a, b = ctx.saved_tensors
         return product(gradient, b), product(gradient.mT, a)
+
+
+class _TransposedFirst(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return product(a.mT, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
+        a, b = ctx.saved_tensors
+        return product(b, gradient.mT), product(a, gradient)
 
 
 class Projection(nn.Linear):

@@ -55,6 +55,8 @@ def run(
         read, surprise, carry = executor(learner, span, writes, queries, carry)
         reads.append(read)
         surprises.append(surprise)
+    if len(spans) == 1:
+        return Done(reads[0], surprises[0], carry, routing)
     return Done(torch.cat(reads, 2), torch.cat(surprises, 2), carry, routing)
 
 
