@@ -76,43 +76,45 @@ def test_train_makes_a_run_and_says_where(trained):
 
 
 def test_adapt_prints_a_table_of_what_a_session_observes(trained):
-    result = invoke("adapt", trained, "--input", "text.txt")
+    text = write_text(Path("some.txt"), 2000)
+    result = invoke("adapt", trained, "--input", text)
     assert result.exit_code == 0, result.output
     rows = table(result.stdout)
-    assert 8 <= len(rows) <= 16 and rows[-1][0] == 4000
+    assert 8 <= len(rows) <= 16 and rows[-1][0] == 2000
     assert [row[0] for row in rows] == sorted({row[0] for row in rows})
     model, config = load_run(trained)
     session = Session(model, config)
-    observed = session.observe(load_text("text.txt")[None].long())
+    observed = session.observe(load_text("some.txt")[None].long())
     assert rows[-1][2] == pytest.approx(observed.bits_per_token, abs=1e-3)
-    assert rows[-1][4] == observed.updates == 62 and rows[-1][5] == 0
+    assert rows[-1][4] == observed.updates == 31 and rows[-1][5] == 0
     assert result.stdout.splitlines()[-1] == f"state: {session.state_bytes:,} bytes"
-    assert files().keys() == {Path("c.yaml"), Path("text.txt")}, "adapt leaves nothing that it was not asked for"
+    assert files().keys() == {Path("c.yaml"), Path("text.txt"), text}, "adapt leaves nothing that it was not asked for"
 
 
 def test_frozen_is_another_thing_than_adapting_and_makes_no_update(trained):
-    adapting = table(invoke("adapt", trained, "--input", "text.txt").stdout)[-1]
-    frozen = table(invoke("adapt", trained, "--input", "text.txt", "--frozen").stdout)[-1]
+    write_text(Path("some.txt"), 2000)
+    adapting = table(invoke("adapt", trained, "--input", "some.txt").stdout)[-1]
+    frozen = table(invoke("adapt", trained, "--input", "some.txt", "--frozen").stdout)[-1]
     assert frozen[4] == 0 and frozen[2] != adapting[2]
     model, config = load_run(trained)
     session = Session(model, config, inner=False, writing=False)
-    bits = session.observe(load_text("text.txt")[None].long()).bits_per_token
+    bits = session.observe(load_text("some.txt")[None].long()).bits_per_token
     assert frozen[2] == pytest.approx(bits, abs=1e-3)
 
 
 def test_a_saved_session_goes_on_in_the_next_call(trained):
-    text = Path("text.txt").read_bytes()
-    Path("first").write_bytes(text[:1600])
-    Path("second").write_bytes(text[1600:])
+    text = write_text(Path("some.txt"), 2000).read_bytes()
+    Path("first").write_bytes(text[:800])
+    Path("second").write_bytes(text[800:])
     saved = invoke("adapt", trained, "--input", "first", "--save-state", "s")
     assert saved.exit_code == 0 and "the session is saved in s" in saved.stdout
-    assert load_state(Path("s"))[1]["position"] == "1600"
+    assert load_state(Path("s"))[1]["position"] == "800"
     result = invoke("adapt", trained, "--input", "second", "--load-state", "s", "--save-state", "s")
     rows = table(result.stdout)
-    assert rows[-1][0] == 2400
+    assert rows[-1][0] == 1200
     model, config = load_run(trained)
     session = Session(model, config)
-    whole = session.observe(load_text("text.txt")[None].long()).losses[0, 1600:].mean() / torch.tensor(2.0).log()
+    whole = session.observe(load_text("some.txt")[None].long()).losses[0, 800:].mean() / torch.tensor(2.0).log()
     assert rows[-1][2] == pytest.approx(float(whole), abs=1e-3)
     session.save(Path("whole"))
     one, other = (load_state(Path(name)) for name in ("s", "whole"))

@@ -5,7 +5,7 @@ import torch
 from torch.func import vmap
 
 from metamem.memory import product as module
-from metamem.memory.product import product, product_transposed
+from metamem.memory.product import product, product_transposed, transposed_product
 
 here = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -83,20 +83,29 @@ def test_a_processor_that_tells_no_family_is_not_an_error():
     assert module._full_width_amd("vendor_id : AuthenticAMD") is False
 
 
-def test_a_transposed_product_has_the_gradients_of_first_and_second_order_each_in_its_operands_layout():
+TRANSPOSED = {
+    "second": (product_transposed, lambda a, b: a @ b.mT, (8, 16), (4, 16)),
+    "first": (transposed_product, lambda a, b: a.mT @ b, (16, 8), (16, 4)),
+}
+
+
+@pytest.mark.parametrize("which", TRANSPOSED)
+def test_a_transposed_product_has_the_gradients_of_first_and_second_order_each_in_its_operands_layout(which):
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, 3, n, 16, generator=generator, requires_grad=True) for n in (8, 4))
+    mine, plain, *shapes = TRANSPOSED[which]
+    a, b = (torch.randn(2, 3, *shape, generator=generator, requires_grad=True) for shape in shapes)
     results = []
-    for multiply in (product_transposed, lambda a, b: a @ b.mT):
+    for multiply in (mine, plain):
         y = multiply(a, b)
         first = torch.autograd.grad(y.square().sum(), (a, b), create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), (a, b))
         results.append([y, *first, *second])
-    for mine, plain in zip(*results, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert all(gradient.is_contiguous() for gradient in results[0][1:3])
 
 
 def test_a_transposed_product_under_vmap():
     a, b = pair()
     torch.testing.assert_close(vmap(product_transposed)(a, b.mT), a @ b)
+    torch.testing.assert_close(vmap(transposed_product)(a.mT, b), a @ b)
