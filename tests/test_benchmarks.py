@@ -17,7 +17,7 @@ def slots(monkeypatch):
 
 def test_every_preset_is_measured_or_said_not_to_be(rules):
     there = {path.stem for path in (rules.CONFIGS / "memory").glob("*.yaml")}
-    measured = {name for name, _, _ in rules.contenders(smoke=False)} - {"projections", "attention"}
+    measured = {name for name, _, _ in rules.contenders(rules.LENGTHS, smoke=False)} - {"projections", "attention"}
     assert measured | (set(rules.NOT_MEASURED) & there) == there
     assert set(rules.LINEAR) <= measured and set(rules.BOUNDS) <= measured and set(rules.OVERRIDES) <= measured
 
