@@ -15,7 +15,7 @@ from experiments import fuzz_configs
 from experiments.config_mutations import MUTATIONS, mutate
 from metamem import UserError
 
-CASES, SEED, PARTS = 1200, 0, 6
+CASES, SEED, PARTS = 800, 0, 4
 
 
 @pytest.fixture(autouse=True)
