@@ -141,7 +141,7 @@ def test_every_token_is_predicted_before_anything_learns_from_it(inner, tokens):
     config = recurrent(inner)
     model = shaken(config)
     losses = Session(model, config).observe(tokens).losses
-    for t in (0, 1, *range(2, TIME, 3), TIME - 1):
+    for t in range(TIME):
         changed = tokens.clone()
         changed[0, t] = (changed[0, t] + 1) % VOCABULARY
         moved = Session(model, config).observe(changed).losses

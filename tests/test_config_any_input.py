@@ -50,7 +50,7 @@ def parent_of(tree: Any, path: tuple[Any, ...]) -> Any:
     return tree
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(KEYS), st.data())
 def test_a_misspelt_key_is_named(path: tuple[Any, ...], data: st.DataObject) -> None:
     tree, key = copy.deepcopy(TREE), path[-1]
@@ -77,7 +77,7 @@ def wrong_for(value: Any) -> list[Any]:
     return [{"zzz": 1}, [[1]], *(["zzz"] if not isinstance(value, str | list) else [])]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(EVERYWHERE), st.data())
 def test_a_wrong_type_is_named(path: tuple[Any, ...], data: st.DataObject) -> None:
     tree = copy.deepcopy(TREE)
@@ -88,7 +88,7 @@ def test_a_wrong_type_is_named(path: tuple[Any, ...], data: st.DataObject) -> No
     assert text.startswith("c.yaml:") and named[-1] in text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text())
 @example("a: *b")
 @example("a: !x 3")
@@ -104,7 +104,7 @@ def test_no_text_gives_a_traceback(text: str) -> None:
     error_of(lambda: load_config(Path("any.yaml")))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(EVERYWHERE), st.sampled_from(["=", ".x=", "[0]=", "[0].y=", ""]), st.text(max_size=8))
 def test_no_override_gives_a_traceback(path: tuple[Any, ...], middle: str, value: str) -> None:
     override = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:] + middle + value
@@ -126,7 +126,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(words | awkward, values, max_size=10))
 def test_a_config_loads_back_equal(valid: Config, variables: dict[str, Any]) -> None:
     config = dataclasses.replace(valid, vars=variables)

@@ -52,7 +52,7 @@ for key, expected in results[0].items():
         pytest.param("context-titans", "aot_eager", 11, id="context-titans-graph", marks=pytest.mark.slow),
         pytest.param("routed-blocks", "aot_eager", 11, id="routed-blocks-graph", marks=pytest.mark.slow),
         pytest.param("routed-layers", "aot_eager", 8, id="routed-layers-graph", marks=pytest.mark.slow),
-        pytest.param("mnm-g", "aot_eager", 3, id="mnm-g-graph", marks=pytest.mark.slow),
+        pytest.param("mnm-g", "aot_eager", 3, id="mnm-g-graph"),
         pytest.param("mnm-p", "inductor", 3, id="mnm-p-inductor", marks=pytest.mark.slow),
         pytest.param("dnc", "aot_eager", 3, id="dnc-graph", marks=pytest.mark.slow),
         pytest.param("ntm", "aot_eager", 2, id="ntm-graph", marks=pytest.mark.slow),

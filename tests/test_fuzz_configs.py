@@ -15,7 +15,7 @@ from experiments import fuzz_configs
 from experiments.config_mutations import MUTATIONS, mutate
 from metamem import UserError
 
-CASES, SEED, PARTS = 800, 0, 4
+CASES, SEED, PARTS = 2000, 0, 8
 
 
 @pytest.fixture(autouse=True)

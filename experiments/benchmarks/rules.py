@@ -146,10 +146,11 @@ def report(study: Study, results: Results) -> list[Claim]:
     rows = [[name, f"{results.seconds((name, length, True), 'first'):.0f}"] for name, length, done in found if done]
     if rows:
         study.table("Seconds of the first call, which compiles", ["", "s"], rows)
-    first = lengths[0] if study.smoke or lengths[0] == LENGTHS[0] else None
-    claims = [] if first is None else time_claims(results, found, first)
+    claims = time_claims(results, found, lengths[0]) if lengths[0] <= LENGTHS[0] else []
     claims += linear_claims(results, lengths)
-    return claims + growth_claims(study, results, lengths) if LENGTHS[-1] in lengths else claims
+    if LENGTHS[-1] in lengths:
+        claims += growth_claims(study, results, lengths)
+    return claims
 
 
 def time_claims(results: Results, found: Sequence[Key], length: int) -> list[Claim]:

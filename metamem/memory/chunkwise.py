@@ -21,7 +21,7 @@ from metamem.memory.component import (
     fire_all,
     term_weights,
 )
-from metamem.memory.dual import affine, local_read
+from metamem.memory.dual import affine, has_bias, local_read
 from metamem.memory.networks import Network, Weights
 from metamem.memory.parts import gated
 from metamem.memory.plan import Key, Plan, copies, cut, plan, signal_key, unstack, windows, write_key
@@ -63,8 +63,7 @@ def run(learner: Learner, span: Run, writes: Writes, queries: Queries, carry: Ca
     if chunks[0].seen:
         carried = [[torch.stack(of_term, -3)] for of_term in zip(*(chunk.seen for chunk in chunks), strict=True)]
         sent = {key: torch.stack([chunk.sent[key] for chunk in chunks], 2) for key in chunks[0].sent}
-        keys = network.given(pieces.keys) if _ones() else pieces.keys
-        products = {key: Products([keys], [signal]) for key, signal in sent.items()}
+        products = {key: Products([network.given(pieces.keys, _ones())], [signal]) for key, signal in sent.items()}
         norm = [] if network.norm is None else [x.unsqueeze(1) for x in network.norm]  # an axis for the segments
         read_out = read(network.with_norm(norm), pieces.plan, pieces.queries, carried, products, readers)
     else:
@@ -150,7 +149,7 @@ def read(
 
     def layer(index: int, a: Tensor) -> Tensor:
         parts = [affine(a, tensor[index]) for tensor in carried]
-        bias = carried[0][index].shape[-2] > a.shape[-1]
+        bias = has_bias(carried[0][index], a)
         z, *more = (x if share is None else share.unsqueeze(-1) * x for share, x in zip(shares, parts, strict=True))
         for part in more:
             z = z + part

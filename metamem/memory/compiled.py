@@ -27,8 +27,8 @@ def run(
     """As the executor, its segments `TOGETHER` at a time and then one by one."""
     if torch.compiler.is_compiling():
         return executor(learner, span, writes, queries, carry)
-    pairs, alone = divmod(len(span.segments), TOGETHER)
-    counts = [TOGETHER] * pairs + [1] * alone
+    groups, alone = divmod(len(span.segments), TOGETHER)
+    counts = [TOGETHER] * groups + [1] * alone
     before, after = span.start, queries.shape[2] - span.stop
     sizes = [before, *(count * span.length for count in counts), after]
     pieces = list(zip(split(writes, sizes), queries.split(sizes, 2), strict=True))[1:-1]

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metamem.memory.decay import decay_add
-from metamem.memory.dual import outer_sum
+from metamem.memory.dual import has_bias, outer_sum
 from metamem.memory.level import SignalAt, TokenLevel
 from metamem.memory.networks import MemoryNetwork, Weights
 from metamem.memory.plan import Step, delta_key, initial_key, term_keys
@@ -209,7 +209,7 @@ def advance(component: Component, step: Step, products: Products) -> Component:
     """A component of period 1 after a segment: `Δ ← ρ Δ + c S − Σ share in ⊗ δ`, `S ← (Πβ) S − Σ share in ⊗ δ`."""
     delta, momentum = [], []
     for index, (inputs, signals) in enumerate(zip(*products, strict=True)):
-        bias = component.delta[index].shape[-2] > inputs.shape[-1]
+        bias = has_bias(component.delta[index], inputs)
         moved = _fade(step.keep, component.delta[index], outer_sum(-step.delta, inputs, signals, bias))
         if component.momentum is not None and step.momentum is not None:
             before = component.momentum[index]
@@ -222,7 +222,7 @@ def advance(component: Component, step: Step, products: Products) -> Component:
 def accumulate(component: Component, step: Step, products: Products) -> Component:
     """A component of period P within its period: the products are summed, as they were computed at the time."""
     written = [
-        outer_sum(-step.delta, inputs, signals, delta.shape[-2] > inputs.shape[-1])
+        outer_sum(-step.delta, inputs, signals, has_bias(delta, inputs))
         for delta, inputs, signals in zip(component.delta, *products, strict=True)
     ]
     if component.pending is not None:

@@ -76,11 +76,16 @@ def gate_before(after: Gate, first: float) -> Gate:
     return functional.pad(after[..., :-1], (1, 0), value=first)
 
 
+def has_bias(weight: Float[Tensor, "*_batch _rows d_out"], x: Float[Tensor, "*batch tokens d_in"]) -> bool:
+    """Whether W has a row more than x has features: the bias, which a 1 beside x would multiply."""
+    return weight.shape[-2] > x.shape[-1]
+
+
 def affine(x: Float[Tensor, "*batch tokens d_in"], weight: Float[Tensor, "*_batch _rows d_out"]) -> Tensor:
-    """`x W`; where W has a row more than x has features, that is its bias: `[x, 1] W`."""
-    if weight.shape[-2] == x.shape[-1]:
-        return product(x, weight)
-    return product(x, weight[..., :-1, :]) + weight[..., -1:, :]
+    """`x W`, or `[x, 1] W` where W has a bias that x lacks the 1 of."""
+    if has_bias(weight, x):
+        return product(x, weight[..., :-1, :]) + weight[..., -1:, :]
+    return product(x, weight)
 
 
 def local_read(

@@ -145,12 +145,11 @@ class Network:
     def forward(self, x: Tokens, layer: Apply, ones: bool = True) -> Pass:
         """`z^l = layer(l, in^l)`, `in^{l+1} = φ(z^l)`; without `ones` the inputs lack the 1 that a bias multiplies, and
         the layers are to add it."""
-        given = self.given if ones else _as_it_is
-        inputs, preactivations = [given(x)], []
+        inputs, preactivations = [self.given(x, ones)], []
         for index in range(self.depth):
             preactivations.append(layer(index, inputs[index]))
             if index + 1 < self.depth:
-                inputs.append(given(ACTIVATIONS[self.activation].function(preactivations[index])))
+                inputs.append(self.given(ACTIVATIONS[self.activation].function(preactivations[index]), ones))
         return self._pass(x, inputs, preactivations)
 
     def recall(self, weights: Weights, x: Tokens) -> Tokens:
@@ -165,9 +164,9 @@ class Network:
             signals.insert(0, ACTIVATIONS[self.activation].backward(back, z))
         return signals
 
-    def given(self, x: Tokens) -> Tokens:
-        """What a matrix is applied to: x, and the 1 that its bias multiplies."""
-        return functional.pad(x, (0, 1), value=1.0) if self.bias else x
+    def given(self, x: Tokens, ones: bool = True) -> Tokens:
+        """What a matrix is applied to: x, and the 1 that its bias multiplies; without `ones` x alone."""
+        return functional.pad(x, (0, 1), value=1.0) if self.bias and ones else x
 
     def with_norm(self, norm: Sequence[Tensor]) -> Network:
         """The same network with the slow weights of its residual norm (gain and shift; none for no norm)."""
@@ -198,10 +197,9 @@ class SwiGLU(Network):
 
     def forward(self, x: Tokens, layer: Apply, ones: bool = True) -> Pass:
         """Both inner matrices see x; the outer one sees their gated product."""
-        given = self.given if ones else _as_it_is
-        inner = given(x)
+        inner = self.given(x, ones)
         gate, up = layer(0, inner), layer(1, inner)
-        hidden = given(ACTIVATIONS[self.activation].function(gate) * up)
+        hidden = self.given(ACTIVATIONS[self.activation].function(gate) * up, ones)
         z = layer(2, hidden)
         return self._pass(x, [inner, inner, hidden], [gate, up, z])
 
@@ -212,10 +210,6 @@ class SwiGLU(Network):
         last = self._last(error, forward)
         back = self._back(last, weights[2])
         return [activation.backward(back * up, gate), back * activation.function(gate), last]
-
-
-def _as_it_is(x: Tokens) -> Tokens:
-    return x
 
 
 NETWORKS: dict[str, type[Network]] = {"mlp": Network, "swiglu": SwiGLU}

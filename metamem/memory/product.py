@@ -41,16 +41,18 @@ def transposed_product(a: Float[Tensor, "*a k n"], b: Float[Tensor, "*b k m"]) -
     return _TransposedFirst.apply(a, b)
 
 
-class _TransposedSecond(torch.autograd.Function):
+class _OfTwo(torch.autograd.Function):
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return product(a, b.mT)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+
+
+class _TransposedSecond(_OfTwo):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return product(a, b.mT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,16 +61,10 @@ class _TransposedSecond(torch.autograd.Function):
         return product(gradient, b), product(gradient.mT, a)
 
 
-class _TransposedFirst(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _TransposedFirst(_OfTwo):
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         return product(a.mT, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
